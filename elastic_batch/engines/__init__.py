@@ -1,0 +1,38 @@
+"""What carries collectives: one protocol, one file for each engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from elastic_batch.engines.distributed import DistributedEngine
+from elastic_batch.engines.protocol import Engine, FixedWorld, Handle, Membership, Wishes
+from elastic_batch.engines.solo import SoloEngine
+
+__all__ = [
+    "DistributedEngine",
+    "Engine",
+    "FixedWorld",
+    "Handle",
+    "Membership",
+    "SoloEngine",
+    "Wishes",
+    "open_membership",
+]
+
+
+def open_membership(device: torch.device, environ: Mapping[str, str] = os.environ) -> Membership:
+    """The world that this process was started in: torchrun's or Slurm's, or itself alone.
+
+    Args:
+        device: Where the model lives; it chooses the backend.
+        environ: Where a launcher describes the world.
+
+    Raises:
+        WorldBroken: The other workers did not come.
+    """
+    if int(environ.get("WORLD_SIZE", "1")) > 1 or torch.distributed.is_initialized():
+        return FixedWorld(DistributedEngine.from_environment(device))
+    return FixedWorld(SoloEngine())

@@ -1,0 +1,222 @@
+"""Sums of gradients over an update: accumulated in flat buckets, reduced while the last backward still runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
+
+from elastic_batch.engines import Engine, Handle
+from elastic_batch.errors import MisusedTrainer
+
+DEFAULT_BUCKET_BYTES = 25 * 2**20
+
+
+class GradientBuckets:
+    """The gradients of one worker, as slices of flat buckets that are reduced in the order of their index.
+
+    Buckets follow the parameters from the last to the first, which is about the order in which backward finishes them. A
+    parameter's `.grad` is a view of its bucket, so that accumulation costs nothing extra; parameters narrower than float32
+    are accumulated in float32 and get a gradient of their own type at the end.
+
+    Args:
+        parameters: What the optimizer trains, in its order.
+        bucket_bytes: Size at which a bucket is full.
+    """
+
+    def __init__(self, parameters: Iterable[Parameter], bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> None:
+        self._slots = [_Slot(parameter) for parameter in parameters]
+        self._buckets = _fill_buckets(list(reversed(self._slots)), bucket_bytes)
+        self._flats = [bucket.flat for bucket in self._buckets]
+        self._accepting = False
+        self._engine: Engine | None = None
+        self._next_launch = 0
+        self._handles: list[Handle] = []
+        self._norms: list[Tensor] | None = None
+        self._hooks = [_hook(slot.parameter, self._make_hook(slot)) for slot in self._slots]
+
+    @property
+    def num_parameters(self) -> int:
+        return len(self._slots)
+
+    @property
+    def seen(self) -> tuple[bool, ...]:
+        """For each parameter, whether any backward of this update reached it on this worker."""
+        return tuple(slot.seen for slot in self._slots)
+
+    def begin(self) -> None:
+        """Forget every gradient and point the parameters' `.grad` into the buckets."""
+        torch._foreach_zero_(self._flats)
+        self._handles = []
+        self._next_launch = 0
+        self._engine = None
+        for slot in self._slots:
+            slot.seen = False
+            slot.parameter.grad = slot.view if slot.is_view else None
+        for bucket in self._buckets:
+            bucket.missing = len(bucket.slots)
+
+    @contextmanager
+    def accepting(self, reduce_with: Engine | None = None, norms: list[Tensor] | None = None) -> Iterator[None]:
+        """Let a backward add to the buckets.
+
+        Args:
+            reduce_with: In the last backward of the update: the engine on which full buckets are reduced at once.
+            norms: Receives each bucket's norm before its reduction (0-dim tensors).
+        """
+        self._accepting, self._engine, self._norms = True, reduce_with, norms
+        try:
+            yield
+        finally:
+            self._accepting = False
+
+    def flush(self, engine: Engine, norms: list[Tensor] | None = None) -> None:
+        """Launch the reductions that are still to come, in order: unused parameters', or all of them on a spare worker."""
+        self._engine, self._norms = engine, norms
+        while self._next_launch < len(self._buckets):
+            self._launch_next(engine)
+
+    def wait(self) -> None:
+        """Wait for every reduction of this update.
+
+        Raises:
+            WorldBroken: One of them failed. All were waited for, so that none still writes into a bucket.
+        """
+        failure: Exception | None = None
+        for handle in self._handles:
+            try:
+                handle.wait()
+            except Exception as error:
+                failure = error.with_traceback(None)
+        self._handles = []
+        if failure is not None:
+            raise failure
+
+    def norms(self) -> list[Tensor]:
+        """Each bucket's Euclidean norm, as 0-dim tensors of the bucket's type."""
+        return list(torch._foreach_norm(self._flats))
+
+    def finish(self, factor: float, seen_by_any: Sequence[bool]) -> None:
+        """Scale the reduced sums by `factor` and give each parameter its gradient.
+
+        Args:
+            factor: One over the update's weight, times a clipping factor.
+            seen_by_any: For each parameter, whether any worker has a gradient for it; the others keep `None`.
+        """
+        torch._foreach_mul_(self._flats, factor)
+        for slot, seen in zip(self._slots, seen_by_any, strict=True):
+            if not seen:
+                slot.parameter.grad = None
+            elif not slot.is_view:
+                slot.parameter.grad = slot.view.to(slot.parameter.dtype)
+
+    def close(self) -> None:
+        """Take the hooks off the parameters and let go of their gradients."""
+        for hook in self._hooks:
+            hook.remove()
+        for slot in self._slots:
+            slot.parameter.grad = None
+
+    def _make_hook(self, slot: _Slot) -> Callable[[Tensor], None]:
+        def on_gradient(parameter: Tensor) -> None:
+            if not self._accepting:
+                parameter.grad = None
+                raise MisusedTrainer(
+                    "loss.backward() was called directly; call update.backward(loss), which weighs the micro-batch and "
+                    "reduces over the workers"
+                )
+            if slot.is_view:
+                if parameter.grad is not slot.view:
+                    raise MisusedTrainer(
+                        "a parameter's .grad was replaced during an update; remove optimizer.zero_grad() and other "
+                        "code that sets gradients: the trainer clears them"
+                    )
+            elif parameter.grad is not None:
+                slot.view.add_(parameter.grad)
+                parameter.grad = None
+            slot.seen = True
+            if self._engine is not None:
+                self._count_down(slot.bucket, self._engine)
+
+        return on_gradient
+
+    def _count_down(self, bucket: _Bucket, engine: Engine) -> None:
+        bucket.missing -= 1
+        if bucket.missing < 0:
+            raise MisusedTrainer(
+                "a parameter got a gradient twice in one backward; use activation checkpointing with "
+                "use_reentrant=False"
+            )
+        while self._next_launch < len(self._buckets) and self._buckets[self._next_launch].missing == 0:
+            self._launch_next(engine)
+
+    def _launch_next(self, engine: Engine) -> None:
+        flat = self._flats[self._next_launch]
+        if self._norms is not None:
+            self._norms.append(torch.linalg.vector_norm(flat))
+        self._next_launch += 1
+        self._handles.append(engine.all_reduce(flat))
+
+
+def _hook(parameter: Parameter, call: Callable[[Tensor], None]) -> RemovableHandle:
+    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(call)  # type: ignore[no-untyped-call]
+    return handle
+
+
+class _Slot:
+    """A parameter's place in its bucket."""
+
+    def __init__(self, parameter: Parameter) -> None:
+        self.parameter = parameter
+        self.is_view = parameter.dtype in (torch.float32, torch.float64)
+        self.seen = False
+        self.view: Tensor
+        self.bucket: _Bucket
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parameter.dtype if self.is_view else torch.float32
+
+
+class _Bucket:
+    """A flat tensor and the parameters whose gradients lie in it.
+
+    Args:
+        slots: Of one device and one type.
+    """
+
+    def __init__(self, slots: list[_Slot]) -> None:
+        self.slots = slots
+        self.missing = len(slots)
+        total = sum(slot.parameter.numel() for slot in slots)
+        self.flat = torch.zeros(total, dtype=slots[0].dtype, device=slots[0].parameter.device)
+        offset = 0
+        for slot in slots:
+            slot.bucket = self
+            slot.view = _view_like(self.flat, offset, slot.parameter)
+            offset += slot.parameter.numel()
+
+
+def _view_like(flat: Tensor, offset: int, parameter: Tensor) -> Tensor:
+    """The part of `flat` from `offset` on, in the parameter's shape and, where that is dense, its memory order."""
+    strides = torch.empty_like(parameter, device="meta").stride()
+    return flat.as_strided(parameter.size(), strides, offset)
+
+
+def _fill_buckets(slots: list[_Slot], bucket_bytes: int) -> list[_Bucket]:
+    """Cut `slots` into buckets: of one device and type each, full at `bucket_bytes`."""
+    buckets: list[_Bucket] = []
+    group: list[_Slot] = []
+    group_bytes = 0
+    for slot in slots:
+        same_kind = group and (group[0].dtype, group[0].parameter.device) == (slot.dtype, slot.parameter.device)
+        if group and (not same_kind or group_bytes >= bucket_bytes):
+            buckets.append(_Bucket(group))
+            group, group_bytes = [], 0
+        group.append(slot)
+        group_bytes += slot.parameter.numel() * slot.dtype.itemsize
+    return [*buckets, _Bucket(group)] if group else buckets
