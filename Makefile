@@ -1,0 +1,51 @@
+# Each target creates what it needs: a virtual environment in .venv with the package and its extras.
+PYTHON ?= python3
+BIN := .venv/bin
+RUNS := runs
+
+.PHONY: help train test check format bench clean
+
+help:
+	@echo "make train   train on the embedded digits with a growing batch, and with a decaying learning rate beside it"
+	@echo "make test    run every check and test"
+	@echo "make check   run formatting, lint, type and layer checks only"
+	@echo "make format  format the code"
+	@echo "make bench   run the benchmarks that the README quotes (about 20 minutes)"
+	@echo "make clean   remove the virtual environment, runs and caches"
+
+train: .venv/train
+	$(BIN)/elastic-batch plan digits --workers 1,2,4
+	$(BIN)/elastic-batch train digits --run-dir $(RUNS)/digits --resume auto
+	$(BIN)/elastic-batch train digits --strategy decay-lr --run-dir $(RUNS)/digits-decay-lr --resume auto
+	$(BIN)/elastic-batch report $(RUNS)/digits $(RUNS)/digits-decay-lr --output $(RUNS)/report
+
+test: check
+	$(BIN)/pytest
+
+check: .venv/test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/test
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf .venv $(RUNS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.venv/train: setup.cfg
+	@echo "Installing the package and what the example needs into .venv (torch is several GB; a few minutes the first time)"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[train]'
+	touch $@
+
+.venv/test: setup.cfg
+	@echo "Installing the package, its extras and the test tools into .venv (torch is several GB; a few minutes the first time)"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@

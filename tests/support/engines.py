@@ -1,0 +1,80 @@
+"""An engine that fails where a test wants it to, and the membership that offers a next world after it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from elastic_batch.engines import Engine, Handle, Wishes
+from elastic_batch.errors import WorldBroken
+
+
+class FailingEngine:
+    """Another engine, whose collective number `fail_at` (from 0) breaks the world.
+
+    Args:
+        inner: Carries the collectives.
+        fail_at: None: never.
+        at: Whether the failure shows when the collective is launched or when it is waited for.
+        generation: Which world this is.
+    """
+
+    def __init__(self, inner: Engine, fail_at: int | None, at: str = "wait", generation: int = 0) -> None:
+        self.inner = inner
+        self.fail_at = fail_at
+        self.at = at
+        self.generation = generation
+        self.rank, self.size = inner.rank, inner.size
+        self.num_collectives = 0
+
+    def all_reduce(self, tensor: Tensor) -> Handle:
+        return self._launch(tensor, None)
+
+    def broadcast(self, tensor: Tensor, source: int) -> Handle:
+        return self._launch(tensor, source)
+
+    def abort(self) -> None:
+        self.inner.abort()
+
+    def close(self) -> None:
+        pass
+
+    def _launch(self, tensor: Tensor, source: int | None) -> Handle:
+        number, self.num_collectives = self.num_collectives, self.num_collectives + 1
+        fails = number == self.fail_at
+        if fails and self.at == "launch":
+            raise WorldBroken("a scripted failure", self.generation)
+        if fails:
+            # What a broken reduction may leave behind.
+            tensor.fill_(float("nan"))
+            return _Failed(self.generation)
+        return self.inner.all_reduce(tensor) if source is None else self.inner.broadcast(tensor, source)
+
+
+class _Failed:
+    def __init__(self, generation: int) -> None:
+        self._generation = generation
+
+    def wait(self) -> None:
+        raise WorldBroken("a scripted failure", self._generation)
+
+
+class RecoveringMembership:
+    """Offers a sound world of the next generation after the first one broke.
+
+    Args:
+        first: The world that will break.
+    """
+
+    def __init__(self, first: FailingEngine) -> None:
+        self._first = first
+        self.num_worlds = 1
+
+    def first(self) -> Engine:
+        return self._first
+
+    def next(self, ended: Engine) -> Engine:
+        self.num_worlds += 1
+        return FailingEngine(self._first.inner, None, generation=ended.generation + 1)
+
+    def wishes(self) -> Wishes:
+        return Wishes()
