@@ -124,11 +124,15 @@ def _runs(tweak: Words) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     return starts, np.diff(starts, append=tweak.size)
 
 
-def pick(tweak: Words, where: npt.NDArray[np.bool_] | npt.NDArray[np.intp]) -> Words:
-    return tweak if tweak.size == 1 else tweak[where]
+def pick(words: Words, where: npt.NDArray[np.bool_] | npt.NDArray[np.intp]) -> Words:
+    """The chosen elements of [n] words; a single word stands for all and is returned as it is."""
+    return words if words.size == 1 else words[where]
 
 
 def derive_each(key: int | Words, value: Words) -> Words:
+    """Apply `derive` to every element of `value` [n], with one key or one for each ([n] or [1])."""
+    if isinstance(key, int) and value.size == 1:  # plain integers are far cheaper than arrays of one element
+        return np.array([derive(key, int(value[0]))], np.uint64)
     return _mix((value + np.uint64(1)) * np.uint64(_GOLDEN) + np.asarray(key, np.uint64))
 
 
