@@ -1,0 +1,37 @@
+"""The job file: a typed model, one loader, and what of it decides the trajectory."""
+
+from __future__ import annotations
+
+from elastic_batch.job.job import Job
+from elastic_batch.job.loading import load_job, parse_assignments, resolve_job
+from elastic_batch.job.settings import (
+    AdamSettings,
+    AdamWSettings,
+    DataSettings,
+    EvaluationSettings,
+    LossSettings,
+    ModelSettings,
+    OptimizerSettings,
+    Section,
+    SGDSettings,
+    TargetOptimizerSettings,
+)
+from elastic_batch.job.yaml_text import format_yaml
+
+__all__ = [
+    "AdamSettings",
+    "AdamWSettings",
+    "DataSettings",
+    "EvaluationSettings",
+    "Job",
+    "LossSettings",
+    "ModelSettings",
+    "OptimizerSettings",
+    "SGDSettings",
+    "Section",
+    "TargetOptimizerSettings",
+    "format_yaml",
+    "load_job",
+    "parse_assignments",
+    "resolve_job",
+]

@@ -1,0 +1,89 @@
+"""The built-in losses, and what a test set is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elastic_batch.job import LossSettings
+from elastic_batch.workloads.targets import call_target
+
+LossFunction = Callable[[nn.Module, Any], Any]
+"""(model, batch) -> the mean over the batch's samples, or (sum, weight)."""
+
+
+def build_loss(settings: LossSettings) -> LossFunction:
+    """Make the function that the trainer minimises.
+
+    Raises:
+        InvalidSetting: The target cannot be had, or refuses its arguments.
+    """
+    if settings.target is not None:
+        function = call_target("loss.target", settings.target, settings.args)
+        return cast(LossFunction, function) if settings.takes == "model, batch" else OutputLoss(function)
+    if settings.name == "mse":
+        return OutputLoss(F.mse_loss)
+    return OutputLoss(nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing))
+
+
+class OutputLoss:
+    """A loss of (outputs, targets) as a loss of (model, (inputs, targets))."""
+
+    def __init__(self, function: Callable[[Any, Any], Any]) -> None:
+        self.function = function
+
+    def __call__(self, model: nn.Module, batch: Any) -> Any:
+        inputs, targets = batch
+        return self.function(model(inputs), targets)
+
+
+class Judge:
+    """Measures a model on a batch of the test set: the loss, and the accuracy where targets are class labels.
+
+    Args:
+        loss: What training minimises.
+        transform: Applied to the batch first; None: the data set gives what the model takes.
+    """
+
+    def __init__(self, loss: LossFunction, transform: Callable[[Any], Any] | None = None) -> None:
+        self.loss = loss
+        self.transform = transform
+
+    def __call__(self, model: nn.Module, batch: Any) -> dict[str, tuple[Tensor, float]]:
+        """Return name -> (sum over the samples, number of samples)."""
+        batch = self.transform(batch) if self.transform else batch
+        if not isinstance(self.loss, OutputLoss):
+            return {"loss": _as_sum(self.loss(model, batch), batch)}
+        inputs, targets = batch
+        outputs = model(inputs)
+        metrics = {"loss": _as_sum(self.loss.function(outputs, targets), batch)}
+        if _are_labels(outputs, targets):
+            metrics["accuracy"] = ((outputs.argmax(1) == targets).sum(), float(len(targets)))
+        return metrics
+
+
+def _as_sum(loss: Any, batch: Any) -> tuple[Tensor, float]:
+    if isinstance(loss, tuple):
+        return loss[0], float(loss[1])
+    count = float(_num_samples(batch))
+    return loss * count, count
+
+
+def _num_samples(batch: Any) -> int:
+    while not isinstance(batch, Tensor):
+        batch = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
+    return len(batch)
+
+
+def _are_labels(outputs: Any, targets: Any) -> bool:
+    return (
+        isinstance(outputs, Tensor)
+        and isinstance(targets, Tensor)
+        and outputs.ndim == 2
+        and targets.ndim == 1
+        and not torch.is_floating_point(targets)
+    )
