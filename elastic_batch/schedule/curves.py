@@ -1,0 +1,128 @@
+"""Learning-rate curves over the position: each rises, falls or stays, and never turns.
+
+`value(position)` is the learning rate; `until(position)` the first position at which it may differ from that.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Curve(Protocol):
+    """A learning rate as a function of the position, monotone where it is used."""
+
+    def value(self, position: int) -> float: ...
+
+    def until(self, position: int) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch [start, stop) of positions with one curve; spans follow each other without a gap."""
+
+    start: int
+    stop: int
+    curve: Curve
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """The same learning rate throughout."""
+
+    learning_rate: float
+
+    def value(self, position: int) -> float:
+        return self.learning_rate
+
+    def until(self, position: int) -> float:
+        return math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class _Continuous:
+    start: int
+    stop: int
+    first: float
+    last: float
+
+    def progress(self, position: int) -> float:
+        return min(1.0, (position - self.start) / (self.stop - self.start))
+
+    def until(self, position: int) -> float:
+        return position + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Polynomial(_Continuous):
+    """From `first` to `last` as last + (first - last) (1 - x)^power, x from 0 at `start` to 1 at `stop`."""
+
+    power: float = 1.0
+
+    def value(self, position: int) -> float:
+        left: float = (1.0 - self.progress(position)) ** self.power
+        return self.first * left + self.last * (1.0 - left)
+
+
+@dataclass(frozen=True, slots=True)
+class Cosine(_Continuous):
+    """From `first` to `last` along half a cosine wave (Loshchilov, Hutter, "SGDR", ICLR 2017, eq. 5)."""
+
+    def value(self, position: int) -> float:
+        return self.last + (self.first - self.last) * (1 + math.cos(math.pi * self.progress(position))) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class Exponential:
+    """Multiplied by `gamma` every `period` samples, evenly."""
+
+    start: int
+    first: float
+    gamma: float
+    period: float
+
+    def value(self, position: int) -> float:
+        return float(self.first * self.gamma ** ((position - self.start) / self.period))
+
+    def until(self, position: int) -> float:
+        return position + 1
+
+
+@dataclass(frozen=True, slots=True)
+class InverseSquareRoot:
+    """first / sqrt(1 + (position - start) / timescale)."""
+
+    start: int
+    first: float
+    timescale: float
+
+    def value(self, position: int) -> float:
+        return self.first / math.sqrt(1.0 + (position - self.start) / self.timescale)
+
+    def until(self, position: int) -> float:
+        return position + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Entry k holds from start + k period on, period = numerator / denominator samples; the last one to the end."""
+
+    entries: array[float]
+    start: int
+    numerator: int
+    denominator: int
+
+    def value(self, position: int) -> float:
+        return self.entries[min(self._entry(position), len(self.entries) - 1)]
+
+    def until(self, position: int) -> float:
+        return self.begin(self._entry(position) + 1)
+
+    def begin(self, entry: int) -> int:
+        """Give the first position at which an entry holds."""
+        return self.start - (-entry * self.numerator // self.denominator)
+
+    def _entry(self, position: int) -> int:
+        return (position - self.start) * self.denominator // self.numerator
