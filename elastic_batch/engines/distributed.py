@@ -125,4 +125,6 @@ def _open_sockets() -> set[int]:
 def _shut_down(descriptor: int) -> None:
     """Shut the connection behind `descriptor` down without closing the descriptor, which is its owner's."""
     with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
-        connection.shutdown(socket.SHUT_RDWR)
+        # gloo ends the process when its listening socket fails.
+        if not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            connection.shutdown(socket.SHUT_RDWR)

@@ -11,9 +11,9 @@ from torch import Tensor
 from elastic_batch.engines import Wishes
 from elastic_batch.noise import NoiseSums
 
-_FIELDS = ("workers", "void", "weight", "loss", "passes", "squares", "inverses", "leave", "regroup", "stop")
-"""Names of the leading numbers: workers that sent one; workers that failed; weight and loss sum; of the workers with a first
-pass: how many, sum of |s|^2 / w^2, sum of 1 / w; workers that want to leave, know of a new world, want to stop."""
+_FIELDS = ("workers", "void", "leave", "regroup", "stop", "weight", "loss", "passes", "squares", "inverses")
+"""Names of the leading numbers: workers that sent one; that failed; that want to leave; that know of a new world; that want to
+stop; weight and loss sum; of the workers with a first pass: how many, sum of |s|^2 / w^2, sum of 1 / w."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class Header:
     regroup: bool
     stop: bool
     gradient_norm: float
-    """Norm of the reduced sum of gradients."""
+    """Norm of the reduced sum of gradients, without the loss scale."""
     seen: tuple[bool, ...]
     """For each parameter, whether any worker has a gradient for it."""
 
@@ -39,8 +39,8 @@ class Header:
         """What the estimator of the measured noise scale takes of one update."""
         return NoiseSums(
             num_workers=self.num_first_passes,
-            first_pass_squares=self.first_pass_squares,
-            first_pass_inverses=self.first_pass_inverses,
+            square_sum=self.first_pass_squares,
+            inverse_weight_sum=self.first_pass_inverses,
             gradient_square=(self.gradient_norm / self.weight) ** 2,
             weight=self.weight,
             dataset_weight=dataset_weight,
@@ -56,6 +56,7 @@ class Tally:
 
     def __init__(self, device: torch.device) -> None:
         self._zero = torch.zeros((), dtype=torch.float64, device=device)
+        self._bits: tuple[tuple[bool, ...], Tensor] = ((), self._zero.new_zeros(0))
         self.begin()
 
     def begin(self) -> None:
@@ -72,46 +73,57 @@ class Tally:
         if self.first_pass_weight is None:
             self.first_pass_weight = self.weight
 
-    def pack(self, *, failed: bool, wishes: Wishes, stop: bool, seen: Tensor, statistics: Tensor) -> Tensor:
+    def pack(
+        self, *, failed: bool, wishes: Wishes, stop: bool, seen: tuple[bool, ...], statistics: Tensor, scale: float
+    ) -> Tensor:
         """This worker's header.
 
         Args:
             failed: Whether this worker could not run its share; its other numbers are then void.
             wishes: What to ask of the others.
             stop: Whether this worker wants the run to end after this update.
-            seen: Float64 [num_parameters], 1 where this worker has a gradient.
+            seen: For each parameter, whether this worker has a gradient for it.
             statistics: Float64 sums of the batch norms.
+            scale: The factor in the gradients, from the loss scaler.
 
         Returns:
             Float64 vector.
         """
-        one, zero = self._zero + 1, self._zero
-        passes = squares = inverses = zero
-        if self.first_pass_weight is not None and self.first_pass_norms:
-            weight = self.first_pass_weight
-            square = torch.stack([norm.double() for norm in self.first_pass_norms]).square().sum()
-            counts = weight > 0
-            passes = counts.double()
-            squares = torch.where(counts, square / weight.square(), zero)
-            inverses = torch.where(counts, 1 / weight, zero)
-        flags = [self._zero + float(flag) for flag in (wishes.leave, wishes.regroup, stop)]
-        numbers = [one, self._zero + float(failed), self.weight, self.loss_sum, passes, squares, inverses, *flags]
-        return torch.cat([torch.stack(numbers), seen, statistics])
+        flags = self._zero.new_tensor([1, failed, wishes.leave, wishes.regroup, stop])
+        sums = torch.stack([self.weight, self.loss_sum, *self._first_pass(scale)])
+        return torch.cat([flags, sums, self._seen_bits(seen), statistics])
+
+    def _first_pass(self, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Whether there was a first pass with a weight, its |s|^2 / w^2, and 1 / w."""
+        weight = self.first_pass_weight
+        if weight is None or not self.first_pass_norms:
+            return self._zero, self._zero, self._zero
+        square = torch.linalg.vector_norm(torch.stack(self.first_pass_norms), dtype=torch.float64).square()
+        counts = weight > 0
+        inverse = torch.where(counts, 1 / weight, self._zero)
+        return counts.double(), square * (inverse / scale).square(), inverse
+
+    def _seen_bits(self, seen: tuple[bool, ...]) -> Tensor:
+        """`seen` as numbers on the device; updates mostly repeat the last one's, so that one is kept."""
+        if self._bits[0] != seen:
+            self._bits = (seen, self._zero.new_tensor(seen))
+        return self._bits[1]
 
 
-def unpack(header: Tensor, norms: Sequence[Tensor], num_parameters: int) -> tuple[Header, Tensor]:
+def unpack(header: Tensor, norms: Sequence[Tensor], num_parameters: int, *, scale: float) -> tuple[Header, Tensor]:
     """Read a reduced header: one copy to the host.
 
     Args:
         header: As packed, summed over the workers.
         norms: Norm of each reduced bucket.
         num_parameters: How many parameters have a bit in it.
+        scale: The factor in the gradients, from the loss scaler.
 
     Returns:
         The header, and the summed statistics of the batch norms (still on the device).
     """
     end = len(_FIELDS) + num_parameters
-    norm = torch.stack([norm.double() for norm in norms]).square().sum().sqrt()
+    norm = torch.linalg.vector_norm(torch.stack(list(norms)), dtype=torch.float64)
     *values, gradient_norm = torch.cat([header[:end], norm.reshape(1)]).tolist()
     field = dict(zip(_FIELDS, values, strict=False))
     read = Header(
@@ -125,7 +137,7 @@ def unpack(header: Tensor, norms: Sequence[Tensor], num_parameters: int) -> tupl
         leave=field["leave"] > 0,
         regroup=field["regroup"] > 0,
         stop=field["stop"] > 0,
-        gradient_norm=gradient_norm,
+        gradient_norm=gradient_norm / scale,
         seen=tuple(value > 0 for value in values[len(_FIELDS) :]),
     )
     return read, header[end:]

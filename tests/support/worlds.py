@@ -18,7 +18,8 @@ import torch.distributed as dist
 from elastic_batch.engines import DistributedEngine, Engine
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["support.warm"])
+# Names that resolve without this process's sys.path, which the server does not get; it skips silently what it cannot import.
+_context.set_forkserver_preload(["pytest", "torch._dynamo", "torch.distributed", "torch.utils.data", "elastic_batch.trainer"])
 
 
 class WorkerFailed(AssertionError):

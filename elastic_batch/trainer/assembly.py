@@ -1,0 +1,121 @@
+"""What a trainer is put together from: checks of what it is given, and the parts that options describe."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Sized
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.data import Dataset, IterableDataset
+
+from elastic_batch.data import BatchSource, open_source
+from elastic_batch.errors import InvalidSetting
+from elastic_batch.ghost import convert_batch_norm
+from elastic_batch.noise import NoiseScaleEstimator
+from elastic_batch.schedule import Schedule
+from elastic_batch.stream import SampleStream
+from elastic_batch.trainer.options import TrainerOptions
+
+logger = logging.getLogger(__name__)
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Refuse a model that reduces gradients itself.
+
+    Raises:
+        InvalidSetting: It does.
+    """
+    if isinstance(model, DistributedDataParallel | DataParallel):
+        raise InvalidSetting(
+            "model",
+            type(model).__name__,
+            "must be the bare model: the trainer reduces gradients itself",
+            "Pass model.module",
+        )
+
+
+def make_deterministic() -> None:
+    """Ask torch for algorithms that repeat a result to the bit; for the whole process."""
+    # cuBLAS reads this when it is first used; without it some of its kernels add in any order.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def num_samples(dataset: Dataset[Any]) -> int:
+    """N, the number of samples of a map-style data set.
+
+    Raises:
+        InvalidSetting: It is not one.
+    """
+    if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
+        raise InvalidSetting(
+            "train_set",
+            type(dataset).__name__,
+            "must be a map-style data set with a length, because the order of samples is a function of the position",
+            "Give it __getitem__(index) and __len__(); write a stream to files first, and index those",
+        )
+    return len(dataset)
+
+
+def convert_norms(model: nn.Module, options: TrainerOptions) -> None:
+    """Turn the model's batch norms into ghost batch norms, in place, and say so."""
+    ghost_batch_size = options.ghost_batch_size or options.micro_batch_size
+    if count := convert_batch_norm(model, ghost_batch_size):
+        logger.info("%d batch norms became ghost batch norms of %d samples", count, ghost_batch_size)
+
+
+def open_training_source(dataset: Dataset[Any], options: TrainerOptions, device: torch.device) -> BatchSource:
+    """Batches of the training set in the order of the job's stream."""
+    return open_source(
+        dataset,
+        stream=SampleStream(num_samples(dataset), options.seed, block_size=options.block_size),
+        micro_batch_size=options.micro_batch_size,
+        device=device,
+        collate_fn=options.collate_fn,
+        num_workers=options.num_workers,
+        prefetch_factor=options.prefetch_factor,
+        batch_transform=options.batch_transform,
+    )
+
+
+def make_estimator(options: TrainerOptions, schedule: Schedule) -> NoiseScaleEstimator | None:
+    """The estimator of the measured noise scale, if it is wanted."""
+    if not options.measure_noise:
+        return None
+    default_horizon = max(schedule.num_samples // 10, 50 * schedule.at(0).global_batch_size)
+    return NoiseScaleEstimator(options.noise_horizon or default_horizon)
+
+
+def fingerprint(options: TrainerOptions, schedule: Schedule, optimizer: Optimizer) -> dict[str, Any]:
+    """What alters the trajectory, in plain values."""
+    settings = ("micro_batch_size", "seed", "precision", "max_grad_norm", "on_non_finite", "momentum_correction", "block_size")
+    groups = [
+        {name: value for name, value in group.items() if name not in ("params", "lr") and _is_plain(value)}
+        for group in optimizer.param_groups
+    ]
+    return {
+        "schedule": {"rule": schedule.rule, "learning_rate": schedule.base_learning_rate, "phases": _digest(schedule)},
+        "end": schedule.end,
+        "num_samples": schedule.num_samples,
+        "optimizer": {"name": type(optimizer).__name__, "groups": groups},
+        "ghost_batch_size": options.ghost_batch_size or options.micro_batch_size,
+        **{name: getattr(options, name) for name in settings},
+    }
+
+
+def _digest(schedule: Schedule) -> str:
+    """A digest of the phases that does not change when the last one is made longer."""
+    rules = [(phase.start, phase.curve, phase.batch, phase.momentum) for phase in schedule.phases]
+    return hashlib.sha256(repr(rules).encode()).hexdigest()[:16]
+
+
+def _is_plain(value: object) -> bool:
+    plain = (bool, int, float, str, type(None))
+    return isinstance(value, plain) or (isinstance(value, tuple | list) and all(isinstance(item, plain) for item in value))

@@ -1,0 +1,110 @@
+"""Evaluation over the world: every worker takes a part of a data set, sums and weights are added up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from elastic_batch.data import to_device
+from elastic_batch.engines import Engine
+from elastic_batch.errors import MisusedTrainer, UpdateFailed
+from elastic_batch.shares import share
+from elastic_batch.trainer.failures import exchange, judge
+
+Pair = tuple[Tensor | float, Tensor | float]
+Measure = Callable[[nn.Module, Any], Pair | Mapping[str, Pair]]
+"""Of (model, batch): a (sum, weight) pair, or one for each of several names."""
+
+
+def accuracy(model: nn.Module, batch: Any) -> Pair:
+    """How many of a batch's samples a classifier gets right.
+
+    Args:
+        model: Gives scores [samples, classes].
+        batch: (inputs, classes [samples]).
+
+    Returns:
+        (number of right answers, number of samples).
+    """
+    inputs, targets = batch
+    return (model(inputs).argmax(dim=1) == targets).sum(), targets.shape[0]
+
+
+def evaluate(
+    engine: Engine,
+    model: nn.Module,
+    dataset: Dataset[Any],
+    measure: Measure,
+    *,
+    device: torch.device,
+    batch_size: int,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    num_workers: int = 0,
+) -> dict[str, float]:
+    """The weighted means of `measure` over `dataset`. A collective: all workers call it together.
+
+    Each worker runs a contiguous part; one without samples runs the first batch with weight 0, to know the names.
+
+    Returns:
+        Name -> sum of sums / sum of weights; the name is `value` where `measure` gives a single pair.
+
+    Raises:
+        UpdateFailed: `measure` or the data failed on some worker; every worker raises it.
+        WorldBroken: The world broke meanwhile.
+    """
+    num_samples = len(cast(Sized, dataset))
+    part = share(num_samples, engine.size, engine.rank)
+    counts = bool(part)
+    loader = DataLoader(
+        Subset(dataset, part or range(min(1, num_samples))),
+        batch_size=batch_size,
+        collate_fn=collate_fn,
+        num_workers=num_workers,
+    )
+    totals: dict[str, Tensor] = {}
+    error: Exception | None = None
+    try:
+        with _evaluating(model):
+            for batch in loader:
+                for name, pair in _named(measure(model, to_device(batch, device))).items():
+                    totals[name] = totals.get(name, 0) + _as_tensor(pair, device) * counts
+    except Exception as caught:
+        error = caught
+    return _total(engine, totals, error, device)
+
+
+def _total(engine: Engine, totals: dict[str, Tensor], error: Exception | None, device: torch.device) -> dict[str, float]:
+    failures = exchange(engine, judge(error, 1) if error else None, device)
+    if failures:
+        raise UpdateFailed("the evaluation", {rank: failure.text for rank, failure in failures.items()}) from error
+    if not totals:
+        raise MisusedTrainer("the data set to evaluate on is empty")
+    summed = torch.stack(list(totals.values()))  # (name, sum and weight)
+    engine.all_reduce(summed).wait()
+    return {name: value / weight for name, (value, weight) in zip(totals, summed.tolist(), strict=True)}
+
+
+def _named(result: Pair | Mapping[str, Pair]) -> Mapping[str, Pair]:
+    return result if isinstance(result, Mapping) else {"value": result}
+
+
+def _as_tensor(pair: Pair, device: torch.device) -> Tensor:
+    return torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device).detach() for number in pair])
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own mode is put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

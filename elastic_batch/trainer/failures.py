@@ -1,0 +1,92 @@
+"""What went wrong on one worker, and how all workers hear of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from elastic_batch.engines import Engine
+from elastic_batch.errors import ElasticBatchError, MisusedTrainer
+
+_TEXT_BYTES = 1000
+
+
+class Severity(IntEnum):
+    """What a failure of one worker means for the update that all repeat."""
+
+    NONE = 0
+    NARROWER = 1
+    """It will try again with a narrower pass; this does not count as a failed try."""
+    ONCE = 2
+    """It may be gone at the next try; if not, the run stops."""
+    FINAL = 3
+    """No repetition helps: the run stops."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A local failure in an update.
+
+    Args:
+        severity: What it means.
+        text: One line for people; at most 1 000 bytes of it reach the other workers.
+    """
+
+    severity: Severity
+    text: str
+
+
+def judge(error: Exception, pass_width: int) -> Failure:
+    """How bad `error` is, raised while a pass of `pass_width` micro-batches was fetched or run."""
+    if is_out_of_memory(error):
+        if pass_width > 1:
+            return Failure(Severity.NARROWER, f"out of memory with {pass_width} micro-batches in a pass")
+        text = f"out of memory with a single micro-batch in a pass; lower micro_batch_size ({_one_line(error)})"
+        return Failure(Severity.ONCE, text)
+    severity = Severity.FINAL if isinstance(error, MisusedTrainer) else Severity.ONCE
+    return Failure(severity, _one_line(error))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the device or on the host."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def exchange(engine: Engine, failure: Failure | None, device: torch.device) -> dict[int, Failure]:
+    """Tell every worker what failed where. A collective: all workers call it together.
+
+    Args:
+        engine: The world.
+        failure: This worker's, if any.
+        device: Where the engine's tensors lie.
+
+    Returns:
+        Rank -> failure, of the workers that have one.
+
+    Raises:
+        WorldBroken: The world broke meanwhile.
+    """
+    table = torch.zeros(engine.size, 1 + _TEXT_BYTES, dtype=torch.uint8)  # (rank, severity and text)
+    if failure is not None:
+        table[engine.rank] = _encode(failure)
+    table = table.to(device)
+    engine.all_reduce(table).wait()
+    return {rank: _decode(row) for rank, row in enumerate(table.cpu()) if row[0]}
+
+
+def _encode(failure: Failure) -> Tensor:
+    text = failure.text.encode()[:_TEXT_BYTES]
+    return torch.tensor([failure.severity, *text.ljust(_TEXT_BYTES, b"\0")], dtype=torch.uint8)
+
+
+def _decode(row: Tensor) -> Failure:
+    severity, *text = row.tolist()
+    return Failure(Severity(severity), bytes(text).rstrip(b"\0").decode(errors="replace"))
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ElasticBatchError) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,125 @@
+"""The whole state of a run: collected for checkpoints, put back from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import nn
+
+from elastic_batch.checkpoint import (
+    Checkpoint,
+    CheckpointInfo,
+    CheckpointStore,
+    CheckpointWriter,
+    WriterEvents,
+    open_checkpoint,
+)
+from elastic_batch.errors import InvalidSetting
+
+
+class Stateful(Protocol):
+    """Anything with a state that belongs into checkpoints."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+class SavedState:
+    """The objects whose state makes up a run, by name.
+
+    Args:
+        model: The model, unwrapped.
+        parts: Everything else that training itself needs: optimizer, scaler, estimator.
+    """
+
+    def __init__(self, model: nn.Module, parts: Mapping[str, Stateful]) -> None:
+        self._parts: dict[str, Stateful] = {"model": model, **parts}
+        self._attached: dict[str, Stateful] = {}
+        self._waiting: dict[str, dict[str, Any]] = {}
+
+    def attach(self, name: str, part: Stateful) -> None:
+        """Add a user's object; if a checkpoint was loaded already, the object gets its state from it.
+
+        Raises:
+            InvalidSetting: The name is taken, or the object has no state.
+        """
+        if name in self._attached:
+            raise InvalidSetting("attach", name, "must be a name that is not attached yet")
+        if not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")):
+            raise InvalidSetting(
+                f"attach({name}=...)", type(part).__name__, "must have state_dict() and load_state_dict(state)"
+            )
+        self._attached[name] = part
+        if name in self._waiting:
+            part.load_state_dict(self._waiting.pop(name))
+
+    @property
+    def attached(self) -> list[Stateful]:
+        return list(self._attached.values())
+
+    def collect(self) -> dict[str, Any]:
+        """Everything, nested; tensors are those that training uses."""
+        return {
+            **{name: part.state_dict() for name, part in self._parts.items()},
+            "attached": {name: part.state_dict() for name, part in self._attached.items()},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put a collected state back. Objects that are not attached yet get theirs when they are."""
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
+        self._waiting = dict(state["attached"])
+        for name, part in self._attached.items():
+            if name in self._waiting:
+                part.load_state_dict(self._waiting.pop(name))
+
+
+def find_checkpoint(resume: str, location: str | None) -> Checkpoint | None:
+    """The checkpoint that `resume` asks for; None starts fresh.
+
+    Args:
+        resume: `never`, `auto`, or what names a checkpoint (a run directory, a directory of checkpoints, one of them).
+        location: Where this run's own checkpoints lie; None: nowhere.
+
+    Raises:
+        InvalidSetting: `auto` without a place where checkpoints could be.
+        CheckpointMissing: There is no checkpoint at the place, or all are damaged.
+    """
+    if resume == "never":
+        return None
+    if resume != "auto":
+        return open_checkpoint(resume)
+    if location is None:
+        raise InvalidSetting("resume", "auto", "needs a place for checkpoints", "Give run_dir or checkpoint_location")
+    return CheckpointStore(location).load_newest()
+
+
+class Saver:
+    """The lead worker's checkpoints: when they are due, and their writing in the background.
+
+    Args:
+        store: Where they go.
+        interval: Samples between checkpoints; None: only the last one.
+        events: Who is told what happens.
+    """
+
+    def __init__(self, store: CheckpointStore, interval: int | None, events: WriterEvents) -> None:
+        self._writer = CheckpointWriter(store, events)
+        self._interval = interval
+        self._submitted: int | None = None
+
+    def is_due(self, before: int, after: int) -> bool:
+        """Whether an update from position `before` to `after` crossed a multiple of the interval."""
+        return self._interval is not None and after // self._interval > before // self._interval
+
+    def save(self, state: dict[str, Any], info: CheckpointInfo) -> None:
+        """Copy `state` and let it be written while training goes on; nothing if this position was submitted already."""
+        if info.position != self._submitted:
+            self._writer.copy_and_submit(state, info)
+            self._submitted = info.position
+
+    def close(self) -> None:
+        """Wait for the last checkpoint."""
+        self._writer.close()

@@ -1,0 +1,136 @@
+"""The optimizer, as the schedule steers it: learning rate, momentum, and a guard against other drivers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import LBFGS, Adam, AdamW, Optimizer
+
+from elastic_batch.errors import InvalidSetting, MisusedTrainer
+from elastic_batch.schedule import PhaseValues
+
+
+class SteeredOptimizer:
+    """An optimizer whose learning rate and momentum come from the schedule alone.
+
+    Args:
+        optimizer: A torch optimizer without a closure. Parameter groups keep the ratio of their learning rates.
+        momentum_correction: Scale SGD's velocity by (1 - m_old) / (1 - m_new) when the momentum changes, which keeps the
+            averaged gradient (1 - m) v and lets the step follow lr / (1 - m) at once (design, section 4).
+
+    Raises:
+        InvalidSetting: The optimizer cannot be steered.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, momentum_correction: bool = True) -> None:
+        _refuse_unsuitable(optimizer)
+        self.optimizer = optimizer
+        self._momentum_correction = momentum_correction
+        self._stepping = False
+        base = [_number(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+        self.base_learning_rate = base[0]
+        self._ratios = [rate / base[0] if base[0] else 1.0 for rate in base]
+        self._expected = [_number(group["lr"]) for group in optimizer.param_groups]
+        self._guard = optimizer.register_step_pre_hook(self._refuse_foreign_step)
+
+    @property
+    def momentum(self) -> float:
+        """The first group's momentum; 0 where the optimizer has none."""
+        return float(self.optimizer.param_groups[0].get("momentum", 0.0))
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether steps are normalised by a second moment (the Adam family)."""
+        return isinstance(self.optimizer, Adam | AdamW) or "betas" in self.optimizer.param_groups[0]
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """Every trained parameter once, in the optimizer's order."""
+        found = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return list(dict.fromkeys(parameter for parameter in found if parameter.requires_grad))
+
+    def check(self) -> None:
+        """See that nobody else has changed a learning rate.
+
+        Raises:
+            MisusedTrainer: Somebody has.
+        """
+        for group, expected in zip(self.optimizer.param_groups, self._expected, strict=True):
+            if _number(group["lr"]) != expected:
+                raise MisusedTrainer(
+                    f"the learning rate was changed from {expected} to {_number(group['lr'])} outside the schedule; remove "
+                    "scheduler.step() and other code that sets it: the trainer's schedule does"
+                )
+
+    def step(self, values: PhaseValues) -> None:
+        """Set learning rate and momentum, then step on the parameters' gradients."""
+        self._set_momentum(values.momentum)
+        for index, group in enumerate(self.optimizer.param_groups):
+            _assign(group, "lr", values.learning_rate * self._ratios[index])
+            self._expected[index] = _number(group["lr"])
+        self._stepping = True
+        try:
+            self.optimizer.step()
+        finally:
+            self._stepping = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+        self._expected = [_number(group["lr"]) for group in self.optimizer.param_groups]
+
+    def close(self) -> None:
+        """Let go of the optimizer: it may be stepped by others again."""
+        self._guard.remove()
+
+    def _set_momentum(self, momentum: float) -> None:
+        for group in self.optimizer.param_groups:
+            old = group.get("momentum")
+            if old is None or old == momentum:
+                continue
+            group["momentum"] = momentum
+            if not self._momentum_correction:
+                continue
+            for parameter in group["params"]:
+                velocity = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
+                if velocity is not None:
+                    velocity.mul_((1 - old) / (1 - momentum))
+
+    def _refuse_foreign_step(self, *_: object) -> None:
+        if not self._stepping:
+            raise MisusedTrainer("optimizer.step() was called directly; call update.step(), which steps on every worker")
+
+
+def _refuse_unsuitable(optimizer: Any) -> None:
+    if isinstance(optimizer, list | tuple | dict):
+        raise InvalidSetting(
+            "optimizer", f"{len(optimizer)} optimizers", "must be one optimizer", "Put all parameters in groups of one"
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise InvalidSetting("optimizer", type(optimizer).__name__, "must be a torch.optim.Optimizer")
+    if isinstance(optimizer, LBFGS):
+        raise InvalidSetting(
+            "optimizer", "LBFGS", "must step without a closure", "Use SGD, Adam, AdamW or another first-order optimizer"
+        )
+    for group in optimizer.param_groups:
+        if group.get("dampening"):
+            raise InvalidSetting(
+                "optimizer.dampening", group["dampening"], "must be 0, because the noise scale lr / (1 - m) assumes it"
+            )
+
+
+def _number(value: float | Tensor) -> float:
+    return float(value)
+
+
+def _assign(group: dict[str, Any], name: str, value: float) -> None:
+    """Set a group's option, in place where it is a tensor (capturable and compiled optimizers hold on to it)."""
+    if isinstance(group[name], torch.Tensor):
+        group[name].fill_(value)
+    else:
+        group[name] = value

@@ -1,0 +1,328 @@
+"""One update as a transaction: run this worker's share, reduce, then commit on every worker or on none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Literal
+
+import torch
+from elastic_batch.ghost import RunningStatistics
+from elastic_batch.randomness import preserved, reseed
+from elastic_batch.stream import micro_batch_seed
+from torch import Tensor, nn
+
+from elastic_batch.data import BatchSource, DataError, PassRequest
+from elastic_batch.engines import Engine, Membership
+from elastic_batch.errors import MisusedTrainer, NonFinite, WorldBroken
+from elastic_batch.gradients import GradientBuckets
+from elastic_batch.noise import NoiseScaleEstimator
+from elastic_batch.trainer.failures import Failure, is_out_of_memory, judge
+from elastic_batch.trainer.header import Header, Tally, unpack
+from elastic_batch.trainer.mean_check import MeanCheck
+from elastic_batch.trainer.plan import UpdatePlan
+from elastic_batch.trainer.precision import LossScaler, Precision, autocast
+from elastic_batch.trainer.steering import SteeredOptimizer
+
+
+class Outcome(Enum):
+    """How an update ended on this worker."""
+
+    OPEN = "open"
+    COMMITTED = "committed"
+    SKIPPED = "skipped"
+    """Its samples are consumed, its gradient was not applied: overflow, not finite, or nothing that counts."""
+    VOID = "void"
+    """A worker could not run its share; nothing was changed anywhere."""
+    BROKEN = "broken"
+    """The world broke; nothing was changed here."""
+
+
+@dataclass(kw_only=True)
+class Machinery:
+    """What updates work with; it outlives them."""
+
+    model: nn.Module
+    device: torch.device
+    seed: int
+    precision: Precision
+    max_grad_norm: float | None
+    on_non_finite: Literal["stop", "skip"]
+    membership: Membership
+    engine: Engine
+    source: BatchSource
+    buckets: GradientBuckets
+    tally: Tally
+    statistics: RunningStatistics
+    optimizer: SteeredOptimizer
+    scaler: LossScaler
+    estimator: NoiseScaleEstimator | None
+    stop_wanted: Callable[[], bool]
+    last_checkpoint: Callable[[], str | None]
+    mean_check_due: Callable[[], bool]
+
+
+class Update:
+    """One update of this worker: iterate over it, call `backward` for each batch, then `step` once.
+
+    Not made by users: `Trainer.updates()` yields them. An update that did not commit is yielded again.
+
+    Args:
+        plan: Samples and settings.
+        requests: This worker's passes.
+        machinery: What it works with.
+        on_commit: Called when the update has committed, before `step` returns.
+    """
+
+    def __init__(
+        self,
+        plan: UpdatePlan,
+        requests: list[PassRequest],
+        machinery: Machinery,
+        on_commit: Callable[[Update], None],
+    ) -> None:
+        self.plan = plan
+        self.outcome = Outcome.OPEN
+        self.failure: Failure | None = None
+        self.error: Exception | None = None
+        self.header: Header | None = None
+        self._requests = requests
+        self._machinery = machinery
+        self._on_commit = on_commit
+        self._num_done = 0
+        self._awaits_backward = False
+        self._mean_check: MeanCheck | None = None
+        machinery.buckets.begin()
+        machinery.tally.begin()
+        machinery.statistics.begin()
+
+    @property
+    def index(self) -> int:
+        """Number of updates before this one."""
+        return self.plan.index
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, from 0, in which the update's last sample lies."""
+        return self.plan.epoch
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether the last sample of an epoch is in this update."""
+        return self.plan.ends_epoch
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of this update over all workers."""
+        return self.plan.stop - self.plan.start
+
+    @property
+    def loss(self) -> float:
+        """Mean loss over the update, weighted as the gradient; after a commit."""
+        header = self.committed_header
+        return header.loss_sum / header.weight if header.weight else math.nan
+
+    @property
+    def gradient_norm(self) -> float:
+        """Norm of the divided gradient before clipping; after a commit."""
+        header = self.committed_header
+        return header.gradient_norm / header.weight if header.weight else math.nan
+
+    def __iter__(self) -> Iterator[Any]:
+        """This worker's batches, on its device, each under the random seeds of its position.
+
+        The first batch of a run comes three times more, whole and in halves, to check the loss (see `MeanCheck`).
+        """
+        machinery = self._machinery
+        with preserved(machinery.device):
+            for request in self._requests:
+                batch = self._fetch(request)
+                if self.is_settled:
+                    return
+                if machinery.mean_check_due():
+                    yield from self._check_mean(batch, request)
+                    if self.is_settled:
+                        return
+                reseed(micro_batch_seed(machinery.seed, request.start, "forward"), machinery.device)
+                self._awaits_backward = True
+                with autocast(machinery.precision, machinery.device):
+                    yield batch
+                if self._awaits_backward and not self.is_settled:
+                    self.fail(MisusedTrainer("a batch got no update.backward(loss); call it once for each batch"))
+                if self.is_settled:
+                    return
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether this worker's share cannot succeed any more."""
+        return self.failure is not None or self.outcome is not Outcome.OPEN
+
+    def backward(self, loss: Tensor, weight: Tensor | float | None = None) -> None:
+        """Add the gradient of one batch.
+
+        Args:
+            loss: 0-dim. Without `weight` the mean over the batch's samples; with it a sum.
+            weight: What the sum is to be divided by in the end: samples or tokens that count. It may be 0.
+
+        Raises:
+            MisusedTrainer: There is no batch under way, or the loss is not a scalar.
+        """
+        if loss.dim() != 0:
+            raise MisusedTrainer(
+                f"the loss has shape {tuple(loss.shape)}; it must be one number: a mean over the batch's samples, or a "
+                "sum with weight=..."
+            )
+        if self._mean_check is not None:
+            if weight is None:
+                self._mean_check.record(loss)
+            return
+        if not self._awaits_backward:
+            raise MisusedTrainer("update.backward(loss) belongs inside the loop over the update, once for each batch")
+        self._awaits_backward = False
+        if weight is None:
+            weight = self._requests[self._num_done].num_micro_batches * self.plan.micro_batch_size
+            loss = loss * weight
+        try:
+            self._accumulate(loss, weight)
+        except WorldBroken as error:
+            self._break(error)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Give this worker's share up: all workers will hear of it in the header and repeat the update."""
+        width = self._requests[self._num_done].num_micro_batches if self._num_done < len(self._requests) else 1
+        self._awaits_backward = False
+        self.error = error
+        self.failure = judge(error, width)
+
+    def step(self) -> bool:
+        """Reduce over the workers and commit.
+
+        Returns:
+            True if the update committed; False if it will be yielded again.
+
+        Raises:
+            MisusedTrainer: Called twice.
+            NonFinite: The loss or the gradient is not finite, on every worker alike; nothing was applied.
+        """
+        if self.outcome is Outcome.BROKEN:
+            return False
+        if self.outcome is not Outcome.OPEN:
+            raise MisusedTrainer("update.step() was called twice for one update")
+        if not self.is_settled and self._num_done < len(self._requests):
+            self.fail(MisusedTrainer("update.step() was called before every batch of the update was run"))
+        try:
+            header, statistics = self._reduce()
+        except WorldBroken as error:
+            self._break(error)
+            return False
+        if header.num_workers != self._machinery.engine.size:
+            generation = self._machinery.engine.generation
+            self._break(WorldBroken("the header counts other workers than the world has", generation))
+            return False
+        if header.num_failed:
+            self.outcome = Outcome.VOID
+            return False
+        self._commit(header, statistics)
+        return True
+
+    def _fetch(self, request: PassRequest) -> Any:
+        try:
+            return self._machinery.source.next()
+        except (DataError, RuntimeError, MemoryError) as error:
+            self.fail(error)
+            return None
+
+    def _check_mean(self, batch: Any, request: PassRequest) -> Iterator[Any]:
+        num_samples = request.num_micro_batches * self.plan.micro_batch_size
+        self._mean_check = MeanCheck(self._machinery.model, batch, num_samples)
+        try:
+            yield from self._mean_check.parts()
+            self._mean_check.verify()
+        except MisusedTrainer as error:
+            self.fail(error)
+        finally:
+            self._mean_check = None
+
+    def _accumulate(self, loss_sum: Tensor, weight: Tensor | float) -> None:
+        machinery = self._machinery
+        is_first, is_last = self._num_done == 0, self._num_done + 1 == len(self._requests)
+        machinery.tally.add(loss_sum, weight)
+        norms = machinery.tally.first_pass_norms if is_first and is_last and machinery.estimator else None
+        with (
+            machinery.buckets.accepting(machinery.engine if is_last else None, norms),
+            torch.autocast(machinery.device.type, enabled=False),
+        ):
+            (loss_sum * machinery.scaler.factor).backward()
+        if is_first and not is_last and machinery.estimator:
+            machinery.tally.first_pass_norms = machinery.buckets.norms()
+        self._num_done += 1
+
+    def _reduce(self) -> tuple[Header, Tensor]:
+        machinery = self._machinery
+        buckets, engine = machinery.buckets, machinery.engine
+        norms = machinery.tally.first_pass_norms if len(self._requests) == 1 and machinery.estimator else None
+        try:
+            buckets.flush(engine, norms)
+            packed = machinery.tally.pack(
+                failed=self.failure is not None,
+                wishes=machinery.membership.wishes(),
+                stop=machinery.stop_wanted(),
+                seen=buckets.seen,
+                statistics=machinery.statistics.sums(),
+                scale=machinery.scaler.factor,
+            )
+            handle = engine.all_reduce(packed)
+        except WorldBroken:
+            with suppress(WorldBroken):
+                buckets.wait()
+            raise
+        buckets.wait()
+        handle.wait()
+        return unpack(packed, buckets.norms(), buckets.num_parameters, scale=machinery.scaler.factor)
+
+    def _commit(self, header: Header, statistics: Tensor) -> None:
+        machinery = self._machinery
+        finite_loss, finite_gradient = math.isfinite(header.loss_sum), math.isfinite(header.gradient_norm)
+        overflow = machinery.scaler.enabled and finite_loss and not finite_gradient
+        if not (finite_loss and finite_gradient) and not overflow and machinery.on_non_finite == "stop":
+            what = "the gradient" if finite_loss else "the loss"
+            raise NonFinite(what, self.plan.index, machinery.last_checkpoint())
+        self.header = header
+        if finite_loss and finite_gradient and header.weight > 0:
+            self._apply(header, statistics)
+            self.outcome = Outcome.COMMITTED
+        else:
+            self.outcome = Outcome.SKIPPED
+        machinery.scaler.record(overflow=overflow)
+        self._on_commit(self)
+
+    def _apply(self, header: Header, statistics: Tensor) -> None:
+        machinery = self._machinery
+        factor = 1 / (header.weight * machinery.scaler.factor)
+        if machinery.max_grad_norm is not None:
+            # As torch.nn.utils.clip_grad_norm_ does, its guard against a norm of 0 included.
+            factor *= min(1.0, machinery.max_grad_norm / (header.gradient_norm / header.weight + 1e-6))
+        machinery.buckets.finish(factor, header.seen)
+        machinery.optimizer.step(self.plan.values)
+        machinery.statistics.commit(statistics)
+        if machinery.estimator is not None:
+            samples = self.plan.stop - self.plan.start
+            machinery.estimator.add(header.noise_sums(self.plan.num_samples * header.weight / samples), samples)
+
+    def _break(self, error: WorldBroken) -> None:
+        self._awaits_backward = False
+        self.error = error.with_traceback(None)
+        self.outcome = Outcome.BROKEN
+
+    @property
+    def committed_header(self) -> Header:
+        if self.header is None:
+            raise MisusedTrainer("an update's loss and gradient norm are known after it has committed")
+        return self.header
