@@ -104,9 +104,10 @@ class TradeSettings(ScheduleSettings):
         # Asked without a limit, so that a cap that is too low is an error and not a lower learning rate.
         free = self.trade(context, self.global_batch_size, context.num_samples)
         batch = free.batch(float(growth))
-        self.cap(context, batch)
         if batch >= context.num_samples:
-            rule = f"asks for a first batch of {batch}, which must be below the {context.num_samples} training samples"
+            rule = f"must ask for a first batch below the training set's {context.num_samples} samples"
             raise InvalidSetting("schedule.raised", self.raised.model_dump(exclude_none=True), rule, "Raise less")
+        if self.max_global_batch_size is not None:
+            self.cap(context, batch)
         exact = free.exact_learning_rate(rate * kept, batch)
         return Origin(batch, Fraction(str(exact)), new_momentum)
