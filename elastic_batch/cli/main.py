@@ -10,6 +10,7 @@ from importlib import import_module
 
 import click
 
+from elastic_batch.cli.invocation import Invocation
 from elastic_batch.errors import ElasticBatchError, InvalidSetting
 from elastic_batch.version import VERSION
 
@@ -17,6 +18,8 @@ EXIT_FAILED = 1
 """Something went wrong while working."""
 EXIT_USAGE = 2
 """The command line, the job file or the environment asks for something impossible; nothing was started."""
+EXIT_RESUMABLE = 75
+"""Training was asked to stop, did so after a whole update, and can be resumed (EX_TEMPFAIL of sysexits.h)."""
 EXIT_INTERRUPTED = 130
 """A second Ctrl-C, or one where nothing could be saved."""
 
@@ -75,20 +78,25 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     Returns:
         The exit code.
     """
-    environ = os.environ if environ is None else environ
     arguments = sys.argv[1:] if argv is None else list(argv)
+    invocation = Invocation(arguments, os.environ if environ is None else environ)
     try:
-        result = root.main(arguments, prog_name="elastic-batch", standalone_mode=False, obj=environ)
+        result = root.main(arguments, prog_name="elastic-batch", standalone_mode=False, obj=invocation)
     except click.ClickException as error:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has seen enough (`| head`); without this Python complains when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ElasticBatchError as error:
         click.echo(f"Error: {error}", err=True)
         return EXIT_USAGE if isinstance(error, InvalidSetting) else EXIT_FAILED
-    return result if isinstance(result, int) else 0
+    else:
+        return result if isinstance(result, int) else 0
+    return 0
 
 
 def console() -> None:

@@ -24,10 +24,14 @@ def explain(error: ValidationError, model: type[BaseModel]) -> InvalidSetting:
     # A misspelt field often makes another one "missing": the misspelling is the cause.
     place, first = next((pair for pair in faults if pair[1]["type"] == "extra_forbidden"), faults[0])
     complaint = _explain_one(place, [fault for there, fault in faults if there.path == place.path] or [first])
-    others = {there.path for there, _ in faults if not f"{complaint.field}.".startswith(f"{there.path}.")}
+    others = {there.path for there, _ in faults if there.path and not _is_within(complaint.field, there.path)}
     if others:
         complaint.args = (f"{complaint.args[0]} (also wrong: {', '.join(sorted(others))})",)
     return complaint
+
+
+def _is_within(field: str, section: str) -> bool:
+    return f"{field}.".startswith(f"{section}.")
 
 
 class _Place(NamedTuple):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
+from elastic_batch.errors import InvalidSetting
 from elastic_batch.job.complaints import explain
 from elastic_batch.job.settings import (
     CheckpointSettings,
@@ -17,7 +18,7 @@ from elastic_batch.job.settings import (
     OptimizerSettings,
     Section,
 )
-from elastic_batch.schedule import AnySchedule, Schedule, ScheduleContext, ScheduleSpec
+from elastic_batch.schedule import AnySchedule, ConvertSchedule, MilestoneSchedule, Schedule, ScheduleContext
 
 
 class Job(Section):
@@ -84,12 +85,18 @@ class Job(Section):
         except ValidationError as error:
             raise explain(error, cls) from None
 
-    def build_schedule(self, num_samples: int, *, like: ScheduleSpec | None = None) -> Schedule:
-        """Resolve the schedule for a training set of N samples.
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        ghost, micro = self.ghost_batch_size, self.micro_batch_size
+        if ghost is not None and micro % ghost:
+            raise InvalidSetting("ghost_batch_size", ghost, f"must divide micro_batch_size = {micro}")
+        for field, every in (("checkpoint.every", self.checkpoint.every), ("evaluation.every", self.evaluation.every)):
+            if every is not None and every.amount == 0:
+                raise InvalidSetting(field, str(every), "must be above 0")
+        return self
 
-        Args:
-            num_samples: N.
-            like: Another specification to resolve in this job's context; None: the job's own.
+    def build_schedule(self, num_samples: int) -> Schedule:
+        """Resolve the schedule for a training set of N samples.
 
         Raises:
             InvalidSetting: A setting does not fit N, the micro-batch or the optimizer.
@@ -102,7 +109,22 @@ class Job(Section):
             adaptive_optimizer=self.optimizer.adaptive,
             tokens_per_sample=self.data.tokens_per_sample,
         )
-        return (like or self.schedule).build(context)
+        return self.schedule.build(context)
+
+    def with_plain_decay(self) -> Job | None:
+        """The same job with its first batch throughout and a decaying learning rate: what it is compared with.
+
+        None for schedules that give batches directly (steps, ramp, adaptive): no decay corresponds to them.
+        """
+        schedule = self.schedule
+        if isinstance(schedule, MilestoneSchedule):
+            plain = schedule.model_copy(update={"strategy": "decay-lr", "raised": None})
+        elif isinstance(schedule, ConvertSchedule):
+            first = schedule.global_batch_size
+            plain = schedule.model_copy(update={"max_global_batch_size": first, "raised": None})
+        else:
+            return None
+        return self.model_copy(update={"schedule": plain})
 
     def dump(self) -> dict[str, Any]:
         """The job as resolved, every default written out, as plain values that a file can hold."""

@@ -5,7 +5,7 @@ Legend of shapes: B images of a batch, C channels, H height, W width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,24 @@ class ImageTransform:
             mirrored = torch.rand(count, 1) < 0.5
             columns = torch.where(mirrored, columns.flip(1), columns)
         return rows.to(images.device, non_blocking=True), columns.to(images.device, non_blocking=True)
+
+
+class LayoutTransform:
+    """Lays the images of a batch out in memory as the model wants them, after another transform.
+
+    Args:
+        layout: torch.channels_last, say.
+        transform: Applied first; None: nothing is.
+    """
+
+    def __init__(self, layout: torch.memory_format, transform: Callable[[Any], Any] | None = None) -> None:
+        self.layout = layout
+        self.transform = transform
+
+    def __call__(self, batch: Any) -> Any:
+        images, *rest = self.transform(batch) if self.transform else batch
+        assert isinstance(images, Tensor)
+        return (images.contiguous(memory_format=self.layout), *rest)
 
 
 def _reflect(coordinates: Tensor, size: int) -> Tensor:

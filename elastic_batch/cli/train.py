@@ -1,0 +1,132 @@
+"""`elastic-batch train`: train a job, alone or as one of torchrun's workers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from elastic_batch.cli.invocation import Invocation
+from elastic_batch.cli.main import EXIT_RESUMABLE
+from elastic_batch.cli.options import job_options, read_job
+from elastic_batch.cli.progress import Display, open_display
+from elastic_batch.job import Job
+from elastic_batch.workloads.planning import JobPlan, plan_job
+
+
+@click.command("train")
+@job_options
+@click.option("--run-dir", metavar="DIR", help="Where records and checkpoints go; default: runs/NAME[-STRATEGY].")
+@click.option(
+    "--resume", metavar="auto|never|PATH", help="Go on from a checkpoint; auto starts fresh if there is none."
+)
+@click.option("--init-from", metavar="FILE", help="Weights that a fresh run starts from.")
+@click.option("--metrics-port", type=int, metavar="P", help="Serve Prometheus metrics there.")
+@click.option("--log", "loggers", multiple=True, metavar="tensorboard|wandb|mlflow", help="Log there too; repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="End with a JSON object on standard output.")
+@click.pass_obj
+def command(
+    invocation: Invocation,
+    run_dir: str | None,
+    resume: str | None,
+    init_from: str | None,
+    metrics_port: int | None,
+    loggers: tuple[str, ...],
+    as_json: bool,
+    strategy: str | None,
+    **job_flags: Any,
+) -> int:
+    """Train a job. RECIPE is one of `elastic-batch recipes`, FILE a job file of your own.
+
+    Exit codes: 0 trained to the end; 75 stopped early on request, resumable; 2 impossible settings; 1 anything else.
+    """
+    job = read_job(
+        environ=invocation.environ,
+        strategy=strategy,
+        metrics_port=metrics_port,
+        loggers=list(loggers) or None,
+        **job_flags,
+    )
+    planned = plan_job(job)  # what cannot run fails here, before torch is loaded
+    directory = run_dir or str(Path("runs") / (f"{job.name}-{strategy}" if strategy else job.name))
+    how_to_resume = resume or ("auto" if invocation.was_restarted else "never")
+    summary = _train(invocation, planned, directory, how_to_resume, init_from)
+    if invocation.rank == 0:
+        again = invocation.with_options(run_dir=directory, resume="auto")
+        _print_end(summary, planned, directory, again, as_json)
+    return 0 if summary["finished"] else EXIT_RESUMABLE
+
+
+def _train(
+    invocation: Invocation, planned: JobPlan, directory: str, resume: str, init_from: str | None
+) -> dict[str, Any]:
+    """Train and return the run's summary."""
+    from elastic_batch.telemetry import open_loggers  # loads torch
+    from elastic_batch.workloads.build import build_workload
+
+    job, schedule = planned.job, planned.schedule
+    display = open_display(invocation.rank, schedule.end, schedule.num_samples)
+    loggers = open_loggers(job.loggers, directory, name=job.name, job=job.dump()) if invocation.rank == 0 else []
+    workload = build_workload(
+        job, environ=invocation.environ, run_dir=directory, resume=resume, init_from=init_from, loggers=loggers
+    )
+    trainer = workload.trainer
+    with trainer, display:
+        metrics = _run(workload, display)
+    return {
+        "name": job.name,
+        "strategy": job.schedule.strategy,
+        "seed": job.seed,
+        "run_dir": directory,
+        "updates": trainer.num_updates,
+        "baseline_updates": planned.plan.baseline_updates,
+        "samples": trainer.position,
+        "epochs": trainer.position / schedule.num_samples,
+        "finished": trainer.finished,
+        "reason": trainer.stop_reason,
+        "metrics": metrics,
+    }
+
+
+def _run(workload: Any, display: Display) -> dict[str, float]:
+    """Train to the end, evaluating on the way; give the last evaluation."""
+    trainer, job = workload.trainer, workload.job
+    interval = _interval(job, trainer.schedule)
+    metrics: dict[str, float] = {}
+    for update in trainer:
+        display.update(trainer.position, trainer.last_record)
+        start, stop = update.plan.start, update.plan.stop
+        if trainer.finished or (interval is not None and stop // interval > start // interval):
+            metrics = workload.evaluate()
+            display.evaluation(metrics)
+    return metrics
+
+
+def _interval(job: Job, schedule: Any) -> int | None:
+    """Samples between evaluations."""
+    every = job.evaluation.every
+    if every is None:
+        return None
+    return every.samples(
+        num_samples=schedule.num_samples,
+        tokens_per_sample=job.data.tokens_per_sample,
+        total=schedule.end,
+        field="evaluation.every",
+    )
+
+
+def _print_end(summary: dict[str, Any], planned: JobPlan, directory: str, again: str, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(summary, allow_nan=False))
+        return
+    updates, baseline = summary["updates"], summary["baseline_updates"]
+    if not summary["finished"]:
+        click.echo(f"Stopped after update {updates} ({summary['reason']}). Resume with:\n  {again}")
+        return
+    measured = ", ".join(f"test {name} {value:.4f}" for name, value in summary["metrics"].items())
+    click.echo(f"{planned.job.name}, {planned.plan.rule}: {measured or 'trained'}")
+    click.echo(
+        f"{updates} updates; plain decay needs {baseline} ({1 - updates / baseline:.0%} saved). Run: {directory}"
+    )
