@@ -33,7 +33,9 @@ def write_payload(state: Any, payload: Payload) -> None:
         # Mapped, not read: only the structure is parsed.
         torch.load(payload.path, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:
-        raise UnsavableState("state", f"not readable by torch.load(weights_only=True): {error}") from error
+        text = str(error)
+        reason = (text.partition("WeightsUnpickler error: ")[2] or text).partition(". ")[0]
+        raise UnsavableState("state", f"not readable by torch.load(weights_only=True) ({reason})") from error
 
 
 def check_payload(path: Path, manifest: Manifest) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from elastic_batch.errors import UnsavableState
 
-_PLAIN_TYPES = {bool, int, float, str, bytes, type(None), torch.Size, torch.dtype, torch.device}
+# Not bytes: torch's restricted reader refuses empty ones.
+_PLAIN_TYPES = {bool, int, float, str, type(None), torch.Size, torch.dtype, torch.device}
 _SEQUENCE_TYPES: dict[type, Callable[[list[Any]], Any]] = {list: list, tuple: tuple, set: set}
 _TENSOR_TYPES = {Tensor, torch.nn.Parameter}
 
@@ -108,12 +109,12 @@ def compact(state: Any) -> Any:
 
 
 def _once_each(copy: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`copy` for dense tensors, with one result for all names of the same memory; others are cloned on the host."""
+    """`copy`, with one result for all names of the same memory."""
     copies: dict[_Key, tuple[Tensor, Tensor]] = {}
 
     def convert(tensor: Tensor) -> Tensor:
-        if tensor.layout != torch.strided or tensor.numel() == 0:
-            return tensor.clone().cpu()
+        if tensor.numel() == 0:
+            return tensor.cpu().clone()
         key = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
         if key not in copies:
             # The source is kept too, so that no other tensor can get its address meanwhile.
@@ -131,6 +132,8 @@ def _rebuild(value: Any, path: str, convert: Callable[[Tensor], Tensor], parents
     if kind in _TENSOR_TYPES:
         if value.is_meta:
             raise UnsavableState(path, "a tensor on the meta device, which has no values")
+        if value.layout != torch.strided:
+            raise UnsavableState(path, f"a tensor with the layout {value.layout}; make it dense with to_dense()")
         # Detached: a new object without hooks, attributes and history, over the same memory.
         return convert(value.detach().resolve_conj().resolve_neg())
     if id(value) in parents:
@@ -149,7 +152,7 @@ def _rebuild_dict(
 ) -> dict[Any, Any]:
     copy = type(value)()
     for key, item in value.items():
-        if type(key) not in _PLAIN_TYPES and type(key) is not tuple:
+        if type(key) not in _PLAIN_TYPES:
             kind = type(key)
             raise UnsavableState(f"a key of {path}", f"{key!r}, of type {kind.__module__}.{kind.__qualname__}")
         copy[key] = _rebuild(item, f"{path}[{key!r}]", convert, inside)

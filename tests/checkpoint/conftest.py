@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,14 +51,9 @@ def dying() -> Dying:
         def die() -> None:
             raise module.Died
 
-        real = durable.os
-        durable.os = module.DyingOs(moment, die)  # type: ignore[attr-defined]  # the module is replaced on purpose
-        try:
+        with pytest.MonkeyPatch.context() as patch, suppress(module.Died):
+            patch.setattr(durable, "os", module.DyingOs(moment, die))
             yield
-        except module.Died:
-            pass
-        finally:
-            durable.os = real  # type: ignore[attr-defined]
 
     return die_at
 

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from dying_os import DyingOs
@@ -66,8 +66,7 @@ def fork_writer(directory: Path, moment: int | None, writer: Any, last: int) -> 
         return child, reading
     os.close(reading)
     if moment is not None:
-        dying = DyingOs(moment, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        durable.os = cast(Any, dying)  # type: ignore[attr-defined]  # the module is replaced on purpose
+        vars(durable)["os"] = DyingOs(moment, lambda: os.kill(os.getpid(), signal.SIGKILL))
     writer(directory, writing, 1, last)
     os._exit(0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import posixpath
 import secrets
 import sys
@@ -220,7 +221,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_taken_for_a_fresh_one(
     names = [store.save(*make_save(position)).name for position in (32, 64)]
     _flip_bit(Place(str(tmp_path)), names[0])
     _truncate_manifest(Place(str(tmp_path)), names[1])
-    with pytest.raises(CheckpointMissing, match="every checkpoint in .* is damaged") as refused:
+    with pytest.raises(CheckpointMissing, match=r"every checkpoint in .* is damaged") as refused:
         store.load_newest(lambda damage: None)
     assert all(name in str(refused.value) for name in names)
 
@@ -343,11 +344,9 @@ def test_names_and_bytes_are_on_the_disk_before_the_manifest_gets_its_name(
     store.save(*make_save(32))
     trace: list[str] = []
 
-    real_os = durable.os
-
     class Tracing:
         def __getattr__(self, name: str) -> Any:
-            return _traced(real_os, name, trace)
+            return _traced(name, trace)
 
     monkeypatch.setattr(durable, "os", Tracing())
     store.save(*make_save(64))
@@ -356,8 +355,8 @@ def test_names_and_bytes_are_on_the_disk_before_the_manifest_gets_its_name(
     assert steps == ["write", "fsync", "replace .pt", "fsync", "write", "fsync", "replace .json", "fsync"]
 
 
-def _traced(real_os: Any, name: str, trace: list[str]) -> Any:
-    real = getattr(real_os, name)
+def _traced(name: str, trace: list[str]) -> Any:
+    real = getattr(os, name)
     if name not in {"write", "fsync", "replace", "unlink"}:
         return real
 
@@ -409,6 +408,6 @@ def test_a_state_that_only_code_could_restore_is_refused_and_leaves_nothing(
     with pytest.raises(UnsavableState, match=r"state\['attached'\]\['x'\]\[1\] is of type .*Unknown"):
         store.save({"attached": {"x": [1, Unknown()]}}, make_save(64)[1])
     # A number so large that torch's restricted reader does not know its encoding.
-    with pytest.raises(UnsavableState, match="not readable by torch.load"):
+    with pytest.raises(UnsavableState, match="not readable by torch"):
         store.save({"big": 1 << 4096}, make_save(64)[1])
     assert sorted(tmp_path.iterdir()) == files

@@ -1,0 +1,25 @@
+"""Run directories: writing one while training, reading them afterwards."""
+
+from elastic_batch.rundir.directory import (
+    RunDirectory,
+    is_used,
+    read_job,
+    read_metrics,
+    read_run_id,
+    read_run_ledger,
+    read_summary,
+)
+from elastic_batch.rundir.ledger import Ledger
+from elastic_batch.rundir.lines import LineWriter
+
+__all__ = [
+    "Ledger",
+    "LineWriter",
+    "RunDirectory",
+    "is_used",
+    "read_job",
+    "read_metrics",
+    "read_run_id",
+    "read_run_ledger",
+    "read_summary",
+]

@@ -1,0 +1,215 @@
+"""A run directory: what a run leaves on the disk for its resumption, its report and its readers.
+
+`run.json` marks it, `job.yaml` is the job as resolved, `metrics.jsonl` and `ledger.jsonl` grow, `checkpoints/` holds
+the state, `summary.json` tells the outcome.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import yaml
+
+from elastic_batch.durable import make_directory, write_file
+from elastic_batch.errors import RunDirectoryMissing, RunDirectoryUsed
+from elastic_batch.rundir.ledger import Ledger, LedgerReader
+from elastic_batch.rundir.lines import LineWriter, read_line_at, read_lines
+from elastic_batch.strict_json import to_json
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+_MARKER, _JOB, _METRICS, _LEDGER, _SUMMARY = "run.json", "job.yaml", "metrics.jsonl", "ledger.jsonl", "summary.json"
+_CHECKPOINTS = "checkpoints"
+
+
+class RunDirectory:
+    """A run directory open for writing, by one worker; made by `create` or `resume`.
+
+    Attributes:
+        path: The directory.
+        run_id: The run's name for ever; the same after each resume.
+    """
+
+    def __init__(self, path: Path, run_id: str, clock: Callable[[], float]) -> None:
+        self.path, self.run_id = path, run_id
+        self._metrics = LineWriter(path / _METRICS, clock=clock)
+        self._ledger = LineWriter(path / _LEDGER, clock=clock)
+        self._ledger_reader = LedgerReader(path / _LEDGER)
+        self._reading = threading.Lock()
+
+    @classmethod
+    def create(
+        cls, path: str | os.PathLike[str], job: Mapping[str, Any], *, clock: Callable[[], float] = time.monotonic
+    ) -> RunDirectory:
+        """Begin a run in a directory that holds none; other files in it stay.
+
+        Args:
+            path: The directory; made if it is not there.
+            job: The job as resolved, plain values; written to `job.yaml`.
+            clock: Monotonic seconds.
+
+        Raises:
+            RunDirectoryUsed: There is a run in it.
+            OSError: It cannot be written to.
+        """
+        directory = Path(path)
+        if is_used(directory):
+            raise RunDirectoryUsed(str(directory))
+        make_directory(directory)
+        _write_job(directory, job)
+        return cls(directory, _mark(directory), clock)
+
+    @classmethod
+    def resume(
+        cls, path: str | os.PathLike[str], job: Mapping[str, Any], *, clock: Callable[[], float] = time.monotonic
+    ) -> RunDirectory:
+        """Go on with the run in a directory; logs are appended to, `job.yaml` is replaced (workers, say, may change).
+
+        Raises:
+            RunDirectoryMissing: There is no run in it.
+            OSError: It cannot be written to.
+        """
+        directory = Path(path)
+        if not is_used(directory):
+            raise RunDirectoryMissing(str(directory))
+        try:
+            run_id = read_run_id(directory)
+        except RunDirectoryMissing:
+            run_id = _mark(directory)
+        _write_job(directory, job)
+        return cls(directory, run_id, clock)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The default place of the run's checkpoints."""
+        return self.path / _CHECKPOINTS
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Append a line to the metrics log: an update or an evaluation, told by its `kind`."""
+        self._metrics.append(record)
+
+    def commit(self, *, update: int, start: int, stop: int, generation: int) -> None:
+        """Append to the ledger that an update committed the samples from `start` to before `stop`."""
+        self._ledger.append({"update": update, "start": start, "stop": stop, "generation": generation})
+
+    def summarize(self, summary: Mapping[str, Any]) -> None:
+        """Replace the summary, all or nothing; a full disk is logged and ends nothing."""
+        try:
+            write_file(self.path / _SUMMARY, (to_json(summary, indent=2) + "\n").encode())
+        except OSError as error:
+            logger.error("cannot write the summary to %s: %s. Make room on the disk", self.path, error)
+
+    def lost_samples(self, position: int) -> int:
+        """Samples before `position` that the ledger on the disk does not have; 0 in a sound run.
+
+        Safe to call from another thread, such as one that serves metrics.
+        """
+        self._ledger.flush()
+        with self._reading:
+            return self._ledger_reader.read().lost(position)
+
+    def flush(self) -> None:
+        """Hand all lines to the kernel: they survive the end of this process."""
+        self._metrics.flush()
+        self._ledger.flush()
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk; to be called before a checkpoint that they must cover is saved."""
+        self._metrics.sync()
+        self._ledger.sync()
+
+    def close(self) -> None:
+        """Write what waits and close the logs."""
+        self._metrics.close()
+        self._ledger.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def is_used(path: str | os.PathLike[str]) -> bool:
+    """Whether a directory holds a run, or what is left of one."""
+    directory = Path(path)
+    traces = [directory / name for name in (_MARKER, _METRICS, _LEDGER, _SUMMARY)]
+    return any(trace.exists() for trace in traces) or any((directory / _CHECKPOINTS).glob("*.json"))
+
+
+def read_run_id(path: str | os.PathLike[str]) -> str:
+    """The name of the run in a directory; a worker that joins compares it with what it was told.
+
+    Raises:
+        RunDirectoryMissing: There is no run in it, or this machine does not see it.
+    """
+    try:
+        return str(json.loads((Path(path) / _MARKER).read_bytes())["run_id"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryMissing(os.fspath(path)) from error
+
+
+def read_job(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The job of the run in a directory; empty if none was written."""
+    try:
+        job = yaml.safe_load((Path(path) / _JOB).read_bytes())
+    except FileNotFoundError:
+        return {}
+    return job if isinstance(job, dict) else {}
+
+
+def read_summary(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The outcome of the run in a directory; empty before it ended once."""
+    try:
+        summary = json.loads((Path(path) / _SUMMARY).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def read_metrics(path: str | os.PathLike[str], kind: str = "update") -> Iterator[dict[str, Any]]:
+    """The metrics of the run in a directory, by ascending update; only offsets are held in memory.
+
+    After a resume from an earlier position updates are done again: of several lines of one update the last one counts.
+
+    Args:
+        path: The run directory.
+        kind: `update` or `evaluation`.
+    """
+    log = Path(path) / _METRICS
+    offsets: dict[int, int] = {}
+    for offset, record in read_lines(log):
+        update = record.get("update")
+        if record.get("kind") == kind and isinstance(update, int):
+            offsets[update] = offset
+    if offsets:
+        yield from read_line_at(log, (offsets[update] for update in sorted(offsets)))
+
+
+def read_run_ledger(path: str | os.PathLike[str]) -> Ledger:
+    """The committed ranges of the run in a directory."""
+    return LedgerReader(Path(path) / _LEDGER).read()
+
+
+def _write_job(directory: Path, job: Mapping[str, Any]) -> None:
+    text = yaml.safe_dump(dict(job), sort_keys=False, allow_unicode=True)
+    write_file(directory / _JOB, text.encode())
+
+
+def _mark(directory: Path) -> str:
+    run_id = secrets.token_hex(8)
+    marker = {"version": VERSION, "run_id": run_id, "created_seconds": time.time()}
+    write_file(directory / _MARKER, (to_json(marker, indent=2) + "\n").encode())
+    return run_id

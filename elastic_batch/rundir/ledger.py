@@ -1,0 +1,93 @@
+"""The ledger: which ranges of samples were committed, read independently of what the trainer believes."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from pathlib import Path
+
+from elastic_batch.rundir.lines import parse_line
+
+
+class Ledger:
+    """The ranges of positions that updates have committed.
+
+    Attributes:
+        updates: How many updates brought samples that were not committed before.
+        repeated_updates: How many did not: they were done again after a resume from an earlier position.
+        last_update: The greatest update; 0 if there is none.
+
+    >>> ledger = Ledger()
+    >>> for update, start, stop in [(1, 0, 32), (2, 32, 64), (2, 32, 64), (4, 96, 128)]:
+    ...     ledger.add(update, start, stop)
+    >>> ledger.updates, ledger.repeated_updates, ledger.ranges
+    (3, 1, [(0, 64), (96, 128)])
+    >>> ledger.covered(128), ledger.lost(128), ledger.lost(64)
+    (96, 32, 0)
+    """
+
+    def __init__(self) -> None:
+        self.updates = self.repeated_updates = self.last_update = 0
+        # Disjoint, ascending, never touching: in a whole ledger one range.
+        self._starts: list[int] = []
+        self._stops: list[int] = []
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """The committed ranges [start, stop), disjoint and ascending."""
+        return list(zip(self._starts, self._stops, strict=True))
+
+    def add(self, update: int, start: int, stop: int) -> None:
+        """Note that an update committed the samples from position `start` to before `stop`."""
+        first = bisect_left(self._stops, start)
+        last = bisect_right(self._starts, stop)
+        self.last_update = max(self.last_update, update)
+        if last - first == 1 and self._starts[first] <= start and stop <= self._stops[first]:
+            self.repeated_updates += 1
+            return
+        self.updates += 1
+        if last > first:
+            start, stop = min(start, self._starts[first]), max(stop, self._stops[last - 1])
+        self._starts[first:last] = [start]
+        self._stops[first:last] = [stop]
+
+    def covered(self, position: int) -> int:
+        """How many samples before `position` were committed."""
+        return sum(max(0, min(stop, position) - start) for start, stop in zip(self._starts, self._stops, strict=True))
+
+    def lost(self, position: int) -> int:
+        """How many samples before `position` no update has committed; 0 in a sound run."""
+        return position - self.covered(position)
+
+
+class LedgerReader:
+    """Reads a ledger file that may still grow; each time only what was added since.
+
+    Args:
+        path: The file; one that is not there has no lines.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self._ledger = Ledger()
+
+    def read(self) -> Ledger:
+        """The ledger as it is on the disk now; lines that are torn or of another kind are passed over."""
+        try:
+            file = self._path.open("rb")
+        except FileNotFoundError:
+            return self._ledger
+        with file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                self._add(line)
+        return self._ledger
+
+    def _add(self, line: bytes) -> None:
+        record = parse_line(line) or {}
+        update, start, stop = (record.get(field) for field in ("update", "start", "stop"))
+        if isinstance(update, int) and isinstance(start, int) and isinstance(stop, int):
+            self._ledger.add(update, start, stop)
