@@ -1,0 +1,188 @@
+"""Prometheus metrics of a run in a fixed world, fed with the records that the run directory gets too.
+
+Every name is declared here; docs/metrics.md explains them.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+
+from elastic_batch.version import VERSION
+
+_PREFIX = "elastic_batch"
+_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+
+_UPDATE_GAUGES = {
+    # field of the record: (metric, help)
+    "position": ("position_samples", "Samples committed"),
+    "epoch": ("epoch", "Position in epochs"),
+    "phase": ("phase", "Index of the schedule's phase, from 0"),
+    "global_batch_size": ("global_batch_samples", "Samples of an update"),
+    "num_micro_batches": ("micro_batches", "Micro-batches of an update"),
+    "learning_rate": ("learning_rate", "Learning rate"),
+    "momentum": ("momentum", "Momentum"),
+    "noise_scale": ("noise_scale", "Scheduled noise scale"),
+    "measured_noise_scale": ("measured_noise_scale", "Noise scale estimated from gradients; NaN without enough data"),
+    "gradient_square": ("gradient_square", "Estimated squared norm of the true gradient; NaN without enough data"),
+    "gradient_variance": ("gradient_variance", "Estimated variance of a sample's gradient; NaN without enough data"),
+    "loss": ("loss", "Mean training loss of an update"),
+    "gradient_norm": ("gradient_norm", "Norm of the gradient before clipping; NaN where not computed"),
+    "samples_per_second": ("samples_per_second", "Samples per second of an update, all workers together"),
+    "generation": ("generation", "Generation of the world"),
+}
+
+
+class Metrics:
+    """The metrics of one run, each with the label `run`. A gauge appears when its value is first known.
+
+    Args:
+        registry: Where they are registered; a registry holds one `Metrics`.
+        run: The value of the label `run`.
+        clock: Seconds since 1970, for the age of the checkpoint.
+    """
+
+    def __init__(self, registry: CollectorRegistry, *, run: str, clock: Callable[[], float] = time.time) -> None:
+        self._registry, self._run, self._clock = registry, run, clock
+        self._position = 0
+        self._gauges = {field: self._gauge(name, text) for field, (name, text) in _UPDATE_GAUGES.items()}
+        self._accumulation_steps = self._gauge(
+            "accumulation_steps", "Micro-batches of the worker with the largest share"
+        )
+        self._workers = self._gauge("workers", "Workers in the world, by state", "state")
+        self._evaluation = self._gauge("evaluation", "Result of the newest evaluation, by metric", "metric")
+        self._lost_samples = self._gauge("lost_samples", "Samples before the position that the ledger does not have")
+        self._checkpoint_bytes = self._gauge("checkpoint_bytes", "Size of the newest checkpoint")
+        self._checkpoint_position = self._gauge("checkpoint_position_samples", "Position of the newest checkpoint")
+        self._checkpoint_age = self._gauge("checkpoint_age_seconds", "Time since the newest checkpoint was written")
+        self._update_seconds = self._histogram("update_seconds", "Time of an update")
+        self._step_seconds = self._histogram("update_step_seconds", "Time of an update's parts, by step", "step")
+        self._checkpoint_seconds = self._histogram(
+            "checkpoint_seconds", "Time of writing a checkpoint, in the background"
+        )
+        self._blocked_seconds = self._histogram("checkpoint_blocked_seconds", "Time that training waited for a copy")
+        self._updates = self._counter("updates", "Updates done, repeated ones included")
+        self._samples = self._counter("samples", "Samples of the updates done, repeated ones included")
+        self._repeated = self._counter("repeated_updates", "Updates done again after a failure or a resume")
+        self._skipped = self._counter("skipped_updates", "Updates that consumed their samples but changed nothing")
+        self._checkpoints = self._counter("checkpoints", "Checkpoints, by result: saved, failed, superseded", "result")
+        for result in ("saved", "failed", "superseded"):
+            self._checkpoints.labels(run, result)
+        Info(f"{_PREFIX}_build", "Versions", ("run",), registry=registry).labels(run).info(
+            {"version": VERSION, "torch": torch.__version__, "python": platform.python_version()}
+        )
+
+    def resume(self, *, update: int, position: int, repeated: int = 0, skipped: int = 0) -> None:
+        """Start the counters where the run stood, so that a restart looks like a pause.
+
+        Args:
+            update: Updates committed in the state that training goes on from.
+            position: Samples committed in it.
+            repeated: Updates repeated so far.
+            skipped: Updates skipped so far.
+        """
+        self._position = position
+        self._updates.labels(self._run).inc(update)
+        self._samples.labels(self._run).inc(position)
+        self._repeated.labels(self._run).inc(repeated)
+        self._skipped.labels(self._run).inc(skipped)
+        self._set("position", position)
+
+    def update(self, record: Mapping[str, Any]) -> None:
+        """Take in the record of a committed update."""
+        for field in self._gauges.keys() & record.keys():
+            self._set(field, record[field])
+        self._count(record)
+        self._share(record)
+        self._update_seconds.labels(self._run).observe(record["seconds"])
+        for step, seconds in record.get("step_seconds", {}).items():
+            self._step_seconds.labels(self._run, step).observe(seconds)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """Take in the record of an evaluation."""
+        for metric, value in record["metrics"].items():
+            self._evaluation.labels(self._run, metric).set(_number(value))
+
+    def repeated(self, updates: int = 1) -> None:
+        """Count updates that were discarded and are done again."""
+        self._repeated.labels(self._run).inc(updates)
+
+    def checkpoint_saved(self, *, seconds: float, num_bytes: int, position: int, created_seconds: float) -> None:
+        """Take in a checkpoint that was written.
+
+        Args:
+            seconds: How long the writing took.
+            num_bytes: Its size.
+            position: Samples committed in it.
+            created_seconds: When, in seconds since 1970.
+        """
+        self._checkpoints.labels(self._run, "saved").inc()
+        self._checkpoint_seconds.labels(self._run).observe(seconds)
+        self.checkpoint_found(num_bytes=num_bytes, position=position, created_seconds=created_seconds)
+
+    def checkpoint_found(self, *, num_bytes: int, position: int, created_seconds: float) -> None:
+        """Take in the checkpoint that was resumed from: its size, position and age count until there is a newer one."""
+        self._checkpoint_bytes.labels(self._run).set(num_bytes)
+        self._checkpoint_position.labels(self._run).set(position)
+        self._checkpoint_age.labels(self._run).set_function(lambda: max(0.0, self._clock() - created_seconds))
+
+    def checkpoint_blocked(self, seconds: float) -> None:
+        """Take in how long training waited for the copy of a state."""
+        self._blocked_seconds.labels(self._run).observe(seconds)
+
+    def checkpoint_failed(self) -> None:
+        """Count a checkpoint that could not be written."""
+        self._checkpoints.labels(self._run, "failed").inc()
+
+    def checkpoint_superseded(self) -> None:
+        """Count a checkpoint that was not written because a newer one took its place."""
+        self._checkpoints.labels(self._run, "superseded").inc()
+
+    def watch_ledger(self, lost_samples: Callable[[int], int]) -> None:
+        """Compare the position with an independent reading of the ledger whenever the metrics are read.
+
+        Args:
+            lost_samples: Position -> samples before it that the ledger does not have; called on the reading thread.
+        """
+        self._lost_samples.labels(self._run).set_function(lambda: float(lost_samples(self._position)))
+
+    def _count(self, record: Mapping[str, Any]) -> None:
+        samples = record["position"] - self._position
+        if samples <= 0:
+            # Back to an earlier position within this process: these samples were counted when they were new.
+            samples = record["global_batch_size"]
+            self._repeated.labels(self._run).inc()
+        self._position = record["position"]
+        self._updates.labels(self._run).inc()
+        self._samples.labels(self._run).inc(samples)
+        if record.get("skipped"):
+            self._skipped.labels(self._run).inc()
+
+    def _share(self, record: Mapping[str, Any]) -> None:
+        num_micro_batches, world_size = record["num_micro_batches"], record["world_size"]
+        active = min(num_micro_batches, world_size)
+        self._accumulation_steps.labels(self._run).set(math.ceil(num_micro_batches / active))
+        self._workers.labels(self._run, "active").set(active)
+        self._workers.labels(self._run, "spare").set(world_size - active)
+
+    def _set(self, field: str, value: float | None) -> None:
+        self._gauges[field].labels(self._run).set(_number(value))
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"{_PREFIX}_{name}", text, ("run", *labels), registry=self._registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"{_PREFIX}_{name}", text, ("run", *labels), registry=self._registry)
+
+    def _histogram(self, name: str, text: str, *labels: str) -> Histogram:
+        return Histogram(f"{_PREFIX}_{name}", text, ("run", *labels), registry=self._registry, buckets=_SECONDS)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
