@@ -25,6 +25,7 @@ from elastic_batch.workloads.planning import plan_job
 @click.pass_obj
 def command(
     invocation: Invocation,
+    /,
     workers: str | None,
     measure: bool,
     as_json: bool,

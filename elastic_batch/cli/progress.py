@@ -153,7 +153,7 @@ class Words:
         """
         measured = record.get("measured_noise_scale")
         parts = [
-            f"epoch {position / self._num_samples:.2f}/{self._epochs:g}",
+            f"epoch {position / self._num_samples:.2f}/{self._epochs:.4g}",
             f"phase {record['phase']}",
             f"batch {record['global_batch_size']}",
             f"lr {record['learning_rate']:.4g}",
@@ -161,6 +161,6 @@ class Words:
             f"g {record['noise_scale']:.4g}",
             f"measured {measured:.4g}" if measured is not None else "",
             f"{record['samples_per_second']:.0f} samples/s",
-            *(f"{name} {value:.4f}" for name, value in self.metrics.items()),
+            *(f"test {name} {value:.4f}" for name, value in self.metrics.items()),
         ]
         return ", ".join(part for part in parts if part)

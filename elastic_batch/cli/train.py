@@ -29,6 +29,7 @@ from elastic_batch.workloads.planning import JobPlan, plan_job
 @click.pass_obj
 def command(
     invocation: Invocation,
+    /,
     run_dir: str | None,
     resume: str | None,
     init_from: str | None,
@@ -101,6 +102,8 @@ def _run(workload: Any, display: Display) -> dict[str, float]:
         if trainer.finished or (interval is not None and stop // interval > start // interval):
             metrics = workload.evaluate()
             display.evaluation(metrics)
+    if trainer.finished and not metrics:  # resumed at the very end, or the last update was skipped
+        metrics = workload.evaluate()
     return metrics
 
 

@@ -32,7 +32,7 @@ class Job(Section):
     """What is trained on."""
     model: ModelSettings
     """What is trained."""
-    loss: LossSettings = LossSettings(name="cross-entropy")
+    loss: LossSettings = LossSettings()
     """What is minimised."""
     optimizer: OptimizerSettings
     """How gradients become steps; its learning rate and momentum are those at the start."""
@@ -60,6 +60,8 @@ class Job(Section):
     """Micro-batches that a worker runs as one pass; `auto` finds the fastest that cannot change the result."""
     num_workers: int = Field(default=0, ge=0)
     """Data-loading processes of each worker; 0: load in the worker itself."""
+    num_threads: int | None = Field(default=None, gt=0)
+    """CPU threads of each worker; null: as many as torch takes. Small nets are fastest on one."""
     spares: int = Field(default=0, ge=0)
     """Workers beyond the number of micro-batches that stay in step without work."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
@@ -118,13 +120,12 @@ class Job(Section):
         """
         schedule = self.schedule
         if isinstance(schedule, MilestoneSchedule):
-            plain = schedule.model_copy(update={"strategy": "decay-lr", "raised": None})
+            changes: dict[str, Any] = {"strategy": "decay-lr", "raised": None}
         elif isinstance(schedule, ConvertSchedule):
-            first = schedule.global_batch_size
-            plain = schedule.model_copy(update={"max_global_batch_size": first, "raised": None})
+            changes = {"max_global_batch_size": schedule.global_batch_size, "raised": None}
         else:
             return None
-        return self.model_copy(update={"schedule": plain})
+        return self.model_copy(update={"schedule": schedule.model_copy(update=changes)})
 
     def dump(self) -> dict[str, Any]:
         """The job as resolved, every default written out, as plain values that a file can hold."""

@@ -94,7 +94,7 @@ class LossSettings(Section):
     """What is minimised: a mean over the samples of a micro-batch, or a (sum, weight) pair."""
 
     name: Literal["cross-entropy", "mse"] | None = None
-    """A built-in loss."""
+    """A built-in loss; cross-entropy where there is no target either."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Of cross-entropy: the share of probability spread over all classes."""
     target: Target | None = None
@@ -103,6 +103,13 @@ class LossSettings(Section):
     """Keyword arguments of the target."""
     takes: Literal["outputs, targets", "model, batch"] = "outputs, targets"
     """What the target's function is called with."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_name(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("name") is None and fields.get("target") is None:
+            return {**fields, "name": "cross-entropy"}
+        return fields
 
     @model_validator(mode="after")
     def _check(self) -> Self:

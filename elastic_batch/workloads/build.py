@@ -73,6 +73,8 @@ def build_workload(
     data = load_data(job.data)
     _check_num_samples(data.training, num_training_samples(job))
     device = choose_device(job.device, environ)
+    if job.num_threads is not None:
+        torch.set_num_threads(job.num_threads)
     torch.manual_seed(job.seed)
     model = build_model(job.model, DATA_SETS.get(job.data.name or ""))
     if init_from is not None:

@@ -36,11 +36,12 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
             raise DataMissing(f"{path} cannot be unpacked ({error}); fetch it again") from error
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != _UNSIGNED_BYTE:
         raise DataMissing(f"{path} is not an IDX file of unsigned bytes; fetch it again")
-    axes = content[3]
-    header = 4 + 4 * axes
+    header = 4 + 4 * content[3]
+    if len(content) < header:
+        raise DataMissing(f"{path} ends within its header; fetch it again")
     sizes = np.frombuffer(content[4:header], dtype=">u4").astype(np.int64)
-    values = np.frombuffer(content, dtype=np.uint8, offset=min(header, len(content)))
-    if len(sizes) != axes or len(values) != int(sizes.prod()):
+    values = np.frombuffer(content[header:], dtype=np.uint8)
+    if len(values) != int(sizes.prod()):
         raise DataMissing(f"{path} holds {len(values)} values where its header says {sizes.tolist()}; fetch it again")
     return values.reshape(sizes)
 

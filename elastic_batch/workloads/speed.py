@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 
 from elastic_batch.ghost import convert_batch_norm
 from elastic_batch.job import Job
@@ -39,6 +39,8 @@ def measure_steps(job: Job, *, max_width: int) -> StepTimes:
         ElasticBatchError: The model or the user's data set cannot be had.
     """
     device = choose_device(job.device, {})
+    if job.num_threads is not None:
+        torch.set_num_threads(job.num_threads)
     facts = DATA_SETS.get(job.data.name or "")
     torch.manual_seed(job.seed)
     model = build_model(job.model, facts).to(device)
@@ -63,7 +65,7 @@ def measure_steps(job: Job, *, max_width: int) -> StepTimes:
 def _make_batch(job: Job, num_samples: int, device: torch.device) -> Any:
     facts = DATA_SETS.get(job.data.name or "")
     if facts is None:
-        data = cast(Dataset[Any], load_data_target(job.data).training)
+        data = load_data_target(job.data).training
         length = len(data)  # type: ignore[arg-type] # map-style: it was checked for a length
         batch = default_collate([data[index % length] for index in range(num_samples)])
         return [part.to(device) for part in batch]
