@@ -5,7 +5,7 @@ A message says what was given, what is required and what to do. The command line
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -55,12 +55,17 @@ class WorldBroken(ElasticBatchError):
 
 
 class UpdateFailed(ElasticBatchError):
-    """One worker failed twice at the same update; every worker stops with that worker's error."""
+    """A failure of one worker that a repetition does not mend; every worker stops with that worker's error.
 
-    def __init__(self, update: int, failures: dict[int, str]) -> None:
-        self.update, self.failures = update, failures
+    Args:
+        what: What failed ("update 12", "the evaluation").
+        failures: rank -> one line.
+    """
+
+    def __init__(self, what: str, failures: dict[int, str]) -> None:
+        self.what, self.failures = what, failures
         lines = "; ".join(f"worker {rank}: {text}" for rank, text in sorted(failures.items()))
-        super().__init__(f"update {update} failed again after a repetition: {lines}")
+        super().__init__(f"{what} failed: {lines}")
 
 
 class NonFinite(ElasticBatchError):
@@ -122,3 +127,65 @@ class RunDirectoryUsed(ElasticBatchError):
         super().__init__(
             f"run directory {directory} already holds a run. Resume it (resume='auto', --resume auto) or name another directory"
         )
+
+
+class UnsavableState(ElasticBatchError, TypeError):
+    """A state holds something that could not be read back without running code.
+
+    Args:
+        path: Where it is in the nested state, as in `state['optimizer']['rule']`.
+        found: What is there.
+    """
+
+    def __init__(self, path: str, found: str) -> None:
+        self.path, self.found = path, found
+        super().__init__(
+            f"{path} is {found}: a checkpoint holds tensors, numbers, strings, None, and dicts, lists, tuples and sets of "
+            "these. Let the object's state_dict() return such values"
+        )
+
+
+class StaleGeneration(ElasticBatchError):
+    """A durable effect of an older world was refused, because a newer one has taken over."""
+
+    def __init__(self, where: str, generation: int, newest: int) -> None:
+        self.where, self.generation, self.newest = where, generation, newest
+        super().__init__(
+            f"{where} belongs to generation {newest} now; generation {generation} may not write there any more. "
+            "Join the running world, or start this run in another directory"
+        )
+
+
+class RunDirectoryMissing(ElasticBatchError):
+    """There is no run where one was asked for."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        super().__init__(
+            f"there is no run in {directory}. Name a directory that a run has written to (it holds run.json); if another "
+            "worker wrote it, this worker does not see the same file system"
+        )
+
+
+class DataError(ElasticBatchError):
+    """Samples could not be had: the data set, a function that makes batches, or a data worker failed.
+
+    Args:
+        position: First position of the micro-batch.
+        sample_indices: The samples asked for; only the one that failed, where that is known.
+        error: Type and text of the original error.
+        traceback_text: Where it was raised, possibly in another process.
+    """
+
+    def __init__(self, position: int, sample_indices: Sequence[int], error: str, traceback_text: str = "") -> None:
+        self.position, self.sample_indices, self.error = position, tuple(sample_indices), error
+        self.traceback_text = traceback_text
+        shown = ", ".join(map(str, self.sample_indices[:8])) + (", ..." if len(self.sample_indices) > 8 else "")
+        super().__init__(f"no data for the micro-batch at position {position} (samples {shown}): {error}")
+
+    def __reduce__(self) -> tuple[type[DataError], tuple[object, ...]]:
+        return type(self), (self.position, self.sample_indices, self.error, self.traceback_text)
+
+
+class CannotFuse(DataError):
+    """The micro-batches of a pass cannot be one batch; the same positions in passes of one micro-batch are fine."""

@@ -1,0 +1,117 @@
+"""Fetching the micro-batches of a pass from a map-style data set, each under the seeds of its position."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import default_collate
+
+from elastic_batch.data.nested import NotJoinableError, join
+from elastic_batch.data.source import PassRequest
+from elastic_batch.errors import CannotFuse, DataError
+from elastic_batch.randomness import reseed
+from elastic_batch.stream import SampleStream, micro_batch_seed
+
+
+class FetchCancelledError(Exception):
+    """Nobody wants the pass any more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetcher:
+    """Makes batches of samples. Pure but for the global random generators, which it leaves seeded; picklable.
+
+    Args:
+        dataset: Map-style; its `__getitems__` is used if it has one.
+        stream: The order of samples.
+        micro_batch_size: Samples of a micro-batch.
+        collate_fn: Makes a batch of a micro-batch's samples. None: torch's default.
+        join_passes: Whether a pass becomes one batch here, or stays a list of micro-batches for a later transform.
+    """
+
+    dataset: Any
+    stream: SampleStream
+    micro_batch_size: int
+    collate_fn: Callable[[list[Any]], Any] | None = None
+    join_passes: bool = True
+
+    def fetch(self, request: PassRequest, is_cancelled: Callable[[], bool] = lambda: False) -> list[Any]:
+        """Return the pass as one batch, in a list, or as a list of its micro-batches.
+
+        Raises:
+            DataError: The data set or `collate_fn` failed.
+            CannotFuse: The micro-batches cannot be joined.
+            FetchCancelledError: `is_cancelled` said so between two samples.
+        """
+        starts = [request.start + i * self.micro_batch_size for i in range(request.num_micro_batches)]
+        batches = [self._micro_batch(start, is_cancelled) for start in starts]
+        return [join_pass(batches, request, self.stream, self.micro_batch_size)] if self.join_passes else batches
+
+    def _micro_batch(self, start: int, is_cancelled: Callable[[], bool]) -> Any:
+        indices: list[int] = self.stream.indices(start, start + self.micro_batch_size).tolist()
+        reseed(micro_batch_seed(self.stream.seed, start, "data"))
+        fetch_many = getattr(self.dataset, "__getitems__", None)
+        asked = indices
+        try:
+            if callable(fetch_many):
+                _stop_if(is_cancelled)
+                samples = fetch_many(indices)
+                _require_as_many(samples, indices)
+            else:
+                samples = []
+                for index in indices:
+                    _stop_if(is_cancelled)
+                    asked = [index]
+                    samples.append(self.dataset[index])
+                asked = indices
+            return _collate_by_default(samples) if self.collate_fn is None else self.collate_fn(samples)
+        except FetchCancelledError:
+            raise
+        # Whatever users' code raises becomes the one error that the trainer knows and that crosses processes.
+        except Exception as error:
+            raise data_error(error, start, asked) from error
+
+
+def join_pass(batches: list[Any], request: PassRequest, stream: SampleStream, micro_batch_size: int) -> Any:
+    """Join a pass's micro-batches.
+
+    Raises:
+        CannotFuse: They have no common batch.
+    """
+    try:
+        return join(batches, micro_batch_size)
+    except NotJoinableError as error:
+        stop = request.start + request.num_micro_batches * micro_batch_size
+        reason = f"{request.num_micro_batches} micro-batches cannot be one pass: {error}. Use micro_batches_per_pass=1"
+        raise CannotFuse(request.start, stream.indices(request.start, stop).tolist(), reason) from error
+
+
+def data_error(error: Exception, position: int, sample_indices: list[int]) -> DataError:
+    """Describe the error of users' code by plain text: foreign exceptions may not survive pickling."""
+    text = "".join(traceback.format_exception_only(error)).strip()
+    return DataError(position, sample_indices, text, "".join(traceback.format_exception(error)).strip())
+
+
+def _collate_by_default(samples: list[Any]) -> Any:
+    try:
+        return default_collate(samples)
+    except (RuntimeError, TypeError, KeyError) as error:  # in a data worker, unequal shapes have a misleading message
+        raise ValueError(
+            f"torch's default collation cannot make a batch of these samples ({error}). If their shapes or types "
+            "differ, pass a collate_fn that pads or lists them"
+        ) from error
+
+
+def _stop_if(is_cancelled: Callable[[], bool]) -> None:
+    if is_cancelled():
+        raise FetchCancelledError
+
+
+def _require_as_many(samples: Any, indices: list[int]) -> None:
+    if len(samples) != len(indices):
+        raise ValueError(
+            f"__getitems__ gave {len(samples)} samples for {len(indices)} indices; it must give one for each"
+        )
