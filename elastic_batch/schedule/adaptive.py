@@ -24,7 +24,7 @@ class AdaptiveSchedule(GivenBatchSettings):
     further decision is a new one, `spec.model_copy(update={"decisions": ...})`.
     """
 
-    strategy: Literal["adaptive"]
+    strategy: Literal["adaptive"] = "adaptive"
     """Batches as they were decided."""
     max_global_batch_size: BatchSize | None = None
     """No decision may be larger; null: a tenth of the training set."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+from pydantic import Field
+
 from elastic_batch.errors import InvalidSetting, UnknownName
 from elastic_batch.noise import NoiseForm
 from elastic_batch.schedule.batches import ConvertedBatch, Rule, Trade
@@ -75,7 +77,7 @@ class ConvertSchedule(ConversionSettings):
 
     strategy: Literal["convert"] = "convert"
     """The noise scale of a learning-rate schedule, by batches."""
-    shape: AnyShape = ConstantShape()
+    shape: AnyShape = Field(default_factory=ConstantShape)
     """The learning-rate schedule: a name, or a name with settings."""
 
     def build(self, context: ScheduleContext) -> Schedule:

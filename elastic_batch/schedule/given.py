@@ -7,7 +7,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from elastic_batch.errors import InvalidSetting
 from elastic_batch.schedule.batches import Batch, Scaling
@@ -35,7 +35,7 @@ class GivenBatchSettings(ScheduleSettings):
 
     max_global_batch_size: BatchSize | None = None
     """No batch may be larger; null: below the training set."""
-    shape: AnyShape = ConstantShape()
+    shape: AnyShape = Field(default_factory=ConstantShape)
     """The learning rate: a name, or a name with settings."""
     learning_rate_scaling: Scaling = "none"
     """How the learning rate follows the batch: none, linear, or sqrt (usual for Adam)."""
@@ -118,13 +118,16 @@ def read_points(value: Any) -> Any:
     return [{"at": at, "global_batch_size": int(batch)} for at, _, batch in pairs]
 
 
-def first_from_points(data: Any, field: str) -> Any:
-    """Fill in the first batch from an entry at 0, where it is not given beside the list.
+def first_from_points(data: Any) -> Any:
+    """Fill in the first batch from a point at 0, where it is not given beside the list.
 
     Raises:
         InvalidSetting: Both are given and differ.
     """
-    points = read_points(data.get(field)) if isinstance(data, dict) else None
+    try:
+        points = read_points(data.get("points")) if isinstance(data, dict) else None
+    except ValueError:
+        return data  # the field's own check says it with the field's name
     first = points[0] if isinstance(points, list | tuple) and points else None
     if isinstance(first, BaseModel):
         first = first.model_dump()
@@ -133,5 +136,5 @@ def first_from_points(data: Any, field: str) -> Any:
     size = first.get("global_batch_size")
     if size is None or data.get("global_batch_size", size) == size:
         return data if size is None else {**data, "global_batch_size": size}
-    rule = f"must be what {field} begins with, {size}"
+    rule = f"must be what points begins with, {size}"
     raise InvalidSetting("global_batch_size", data["global_batch_size"], rule, "Leave one of them out")

@@ -40,7 +40,7 @@ class RampSchedule(GivenBatchSettings):
     @model_validator(mode="before")
     @classmethod
     def _fill_first_batch(cls, data: Any) -> Any:
-        return first_from_points(data, "points")
+        return first_from_points(data)
 
     def stretches(self, context: ScheduleContext, lengths: Lengths) -> list[Stretch]:
         corners = self._corners(context, lengths)

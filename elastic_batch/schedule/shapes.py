@@ -11,7 +11,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from elastic_batch.errors import InvalidSetting
 from elastic_batch.schedule.curves import (
@@ -25,6 +25,7 @@ from elastic_batch.schedule.curves import (
 )
 from elastic_batch.schedule.durations import Duration
 from elastic_batch.schedule.lengths import Lengths
+from elastic_batch.schedule.settings import Settings
 from elastic_batch.schedule.tables import table_spans
 
 Factor = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -51,10 +52,8 @@ class Frame:
         return [span for span in spans if span.start < span.stop]
 
 
-class Shape(BaseModel):
+class Shape(Settings):
     """Base of the shapes. A shape begins where the warm-up ends, with the full learning rate."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
 
     @abstractmethod
     def spans(self, frame: Frame) -> list[Span]:
@@ -235,21 +234,28 @@ def _steps(learning_rate: float, gamma: float, count: int) -> list[Curve]:
     return [Constant(float(full * factor**k)) for k in range(count + 1)]
 
 
+_Shapes = Annotated[
+    ConstantShape
+    | MultiStepShape
+    | StepShape
+    | ExponentialShape
+    | CosineShape
+    | CosineRestartsShape
+    | LinearShape
+    | PolynomialShape
+    | InverseSquareRootShape
+    | StableDecayShape
+    | TableShape,
+    Field(discriminator="name"),
+]
+
+
+def _read_shape(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
 AnyShape = Annotated[
-    Annotated[
-        ConstantShape
-        | MultiStepShape
-        | StepShape
-        | ExponentialShape
-        | CosineShape
-        | CosineRestartsShape
-        | LinearShape
-        | PolynomialShape
-        | InverseSquareRootShape
-        | StableDecayShape
-        | TableShape,
-        Field(discriminator="name"),
-    ],
-    BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value, json_schema_input_type=Any),
+    _Shapes,
+    BeforeValidator(_read_shape, json_schema_input_type=Literal["constant", "cosine", "linear"] | _Shapes),
 ]
 """A shape with its settings; one that needs none may be given by its name alone."""

@@ -34,7 +34,7 @@ class StepsSchedule(GivenBatchSettings):
 
     strategy: Literal["steps"] = "steps"
     """Batches from a list."""
-    steps: Annotated[
+    points: Annotated[
         tuple[Step, ...],
         Field(min_length=1),
         BeforeValidator(read_points, json_schema_input_type=str | tuple[Step, ...]),
@@ -44,11 +44,11 @@ class StepsSchedule(GivenBatchSettings):
     @model_validator(mode="before")
     @classmethod
     def _fill_first_batch(cls, data: Any) -> Any:
-        return first_from_points(data, "steps")
+        return first_from_points(data)
 
     def stretches(self, context: ScheduleContext, lengths: Lengths) -> list[Stretch]:
-        later = self.steps[1:] if self.steps[0].at.amount == 0 else self.steps
-        bounds = [0, *lengths.milestones(tuple(step.at for step in later), "schedule.steps"), lengths.end]
+        later = self.points[1:] if self.points[0].at.amount == 0 else self.points
+        bounds = [0, *lengths.milestones(tuple(step.at for step in later), "schedule.points"), lengths.end]
         states = self._states(context)
         return [
             Stretch(start, stop, FixedBatch(batch), rate, momentum)
@@ -59,14 +59,14 @@ class StepsSchedule(GivenBatchSettings):
         """Batch, full learning rate and momentum, first those at 0 and then one more for each later step."""
         batch, momentum, own_rate = self.global_batch_size, effective_momentum(context), context.learning_rate
         states = [(batch, own_rate, momentum)]
-        for index, step in enumerate(self.steps):
-            self._check_step(step, context, f"schedule.steps[{index}]")
+        for index, step in enumerate(self.points):
+            self._check_step(step, context, f"schedule.points[{index}]")
             batch = step.global_batch_size or batch
             own_rate = step.learning_rate or own_rate
             momentum = momentum if step.momentum is None else step.momentum
             rate = scaled(own_rate, self.global_batch_size, batch, self.learning_rate_scaling)
             states.append((batch, rate, momentum))
-        return states[1:] if self.steps[0].at.amount == 0 else states
+        return states[1:] if self.points[0].at.amount == 0 else states
 
     def _check_step(self, step: Step, context: ScheduleContext, field: str) -> None:
         if step.global_batch_size is not None:
@@ -78,5 +78,5 @@ class StepsSchedule(GivenBatchSettings):
             raise InvalidSetting(f"{field}.momentum", step.momentum, "only SGD has a momentum", "Remove it")
 
     def name_batches(self) -> str:
-        entries = " ".join(f"{step.at}:{step.global_batch_size}" for step in self.steps if step.global_batch_size)
+        entries = " ".join(f"{step.at}:{step.global_batch_size}" for step in self.points if step.global_batch_size)
         return f"steps {entries or 'of learning rate and momentum'}"

@@ -17,7 +17,7 @@ EXAMPLES: list[dict[str, Any]] = [
     {"strategy": "convert", "shape": "cosine", "warmup": {"duration": "5ep", "start_factor": 0.0}},
     {"strategy": "convert", "shape": {"name": "step", "every": "30ep", "gamma": 0.1}, "growth_only": True},
     {"strategy": "ramp", "points": "100ep:640"},
-    {"strategy": "steps", "steps": "50ep:640 100ep:1280"},
+    {"strategy": "steps", "points": "50ep:640 100ep:1280"},
     {"strategy": "adaptive", "decisions": [[1_000_000, 640]]},
 ]
 CONTEXT = ScheduleContext(num_samples=50_000, micro_batch_size=128, learning_rate=0.1, momentum=0.9)
@@ -75,6 +75,13 @@ def test_the_json_schema_describes_every_field() -> None:
 
 def test_the_json_schema_allows_the_short_forms() -> None:
     definitions = ADAPTER.json_schema()["$defs"]
-    for model, field in (("StepsSchedule", "steps"), ("RampSchedule", "points"), ("MilestoneSchedule", "warmup")):
+    for model, field in (("StepsSchedule", "points"), ("RampSchedule", "points"), ("MilestoneSchedule", "warmup")):
         kinds = definitions[model]["properties"][field]["anyOf"]
         assert {"type": "string"} in kinds, (model, field)
+
+
+def test_the_json_schema_lists_the_shapes() -> None:
+    shape = ADAPTER.json_schema()["$defs"]["ConvertSchedule"]["properties"]["shape"]
+    names, models = shape["anyOf"]
+    assert names["enum"] == ["constant", "cosine", "linear"]
+    assert len(models["oneOf"]) == 11

@@ -108,7 +108,7 @@ ANY = milestone_schedules() | converted_schedules() | ramps()
 KEEPING_NOISE = milestone_schedules() | converted_schedules()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(ANY)
 def test_every_position_belongs_to_exactly_one_update(pair: tuple[Schedule, Schedule]) -> None:
     schedule, _ = pair
@@ -121,7 +121,7 @@ def test_every_position_belongs_to_exactly_one_update(pair: tuple[Schedule, Sche
     assert schedule.end % schedule.micro_batch_size == 0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(ANY)
 def test_values_hold_until_they_say(pair: tuple[Schedule, Schedule]) -> None:
     schedule, _ = pair
@@ -135,7 +135,7 @@ def test_values_hold_until_they_say(pair: tuple[Schedule, Schedule]) -> None:
         position = stop if values.until > position + 1 else position + 37
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(ANY)
 def test_batches_are_on_the_grid_and_within_their_bounds(pair: tuple[Schedule, Schedule]) -> None:
     schedule, _ = pair
@@ -145,7 +145,7 @@ def test_batches_are_on_the_grid_and_within_their_bounds(pair: tuple[Schedule, S
         assert 0 < run.values.global_batch_size <= schedule.max_global_batch_size < schedule.num_samples
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(KEEPING_NOISE)
 def test_the_noise_scale_is_kept_and_neither_the_rate_exceeds_its_peak_nor_the_batch_falls_below_the_first(
     pair: tuple[Schedule, Schedule],
@@ -159,7 +159,7 @@ def test_the_noise_scale_is_kept_and_neither_the_rate_exceeds_its_peak_nor_the_b
         assert run.values.global_batch_size >= schedule.global_batch_size
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(milestone_schedules())
 def test_after_the_warm_up_noise_only_falls_and_the_batch_only_grows(pair: tuple[Schedule, Schedule]) -> None:
     schedule, _ = pair
@@ -170,7 +170,7 @@ def test_after_the_warm_up_noise_only_falls_and_the_batch_only_grows(pair: tuple
     assert batches == sorted(batches)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(ANY)
 def test_the_plan_counts_what_a_walk_walks(pair: tuple[Schedule, Schedule]) -> None:
     schedule, _ = pair

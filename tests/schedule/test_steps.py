@@ -30,7 +30,7 @@ def _rows(schedule: Schedule) -> list[tuple[float, int, float, float]]:
 
 
 def test_a_text_lists_batches_as_large_language_models_are_trained_with() -> None:
-    spec = StepsSchedule.of(steps="0:768 250e9tok:1536 500e9tok:3072", max_duration="1e12tok", warmup="1e9tok")
+    spec = StepsSchedule.of(points="0:768 250e9tok:1536 500e9tok:3072", max_duration="1e12tok", warmup="1e9tok")
     schedule = spec.build(ScheduleContext(**LLM))
     rows = plan(schedule).rows
     assert [row.global_batch_size for row in rows] == [768, 768, 1536, 3072]
@@ -40,8 +40,8 @@ def test_a_text_lists_batches_as_large_language_models_are_trained_with() -> Non
 
 
 def test_the_first_batch_may_stand_beside_the_list_or_in_it() -> None:
-    beside = _build(steps="2ep:128")
-    inside = StepsSchedule.of(steps="0:64 2ep:128", max_duration="10ep").build(ScheduleContext(**CONTEXT))
+    beside = _build(points="2ep:128")
+    inside = StepsSchedule.of(points="0:64 2ep:128", max_duration="10ep").build(ScheduleContext(**CONTEXT))
     assert _rows(beside) == _rows(inside) == [(0, 64, 0.1, 0.9), (2, 128, 0.1, 0.9)]
 
 
@@ -51,7 +51,7 @@ def test_what_a_step_leaves_out_stays_as_it_was() -> None:
         {"at": "4ep", "global_batch_size": 128, "learning_rate": 0.05},
         {"at": "6ep", "learning_rate": 0.01, "momentum": 0.0},
     ]
-    assert _rows(_build(steps=steps)) == [
+    assert _rows(_build(points=steps)) == [
         (0, 64, 0.1, 0.9),
         (2, 64, 0.1, 0.95),
         (4, 128, 0.05, 0.95),
@@ -61,17 +61,17 @@ def test_what_a_step_leaves_out_stays_as_it_was() -> None:
 
 def test_a_step_at_the_start_replaces_the_optimizers_values() -> None:
     steps = [{"at": 0, "learning_rate": 0.5, "momentum": 0.5}, {"at": "5ep", "momentum": 0.9}]
-    assert _rows(_build(steps=steps)) == [(0, 64, 0.5, 0.5), (5, 64, 0.5, 0.9)]
+    assert _rows(_build(points=steps)) == [(0, 64, 0.5, 0.5), (5, 64, 0.5, 0.9)]
 
 
 @pytest.mark.parametrize(("scaling", "factor"), [("none", 1), ("linear", 4), ("sqrt", 2)])
 def test_the_rate_follows_the_batch_as_asked(scaling: str, factor: float) -> None:
-    schedule = _build(steps="5ep:256", learning_rate_scaling=scaling)
+    schedule = _build(points="5ep:256", learning_rate_scaling=scaling)
     assert schedule.at(60_000).learning_rate == pytest.approx(0.1 * factor)
 
 
 def test_the_rate_has_a_shape_of_its_own() -> None:
-    schedule = _build(steps="5ep:128", shape="linear", learning_rate_scaling="linear", warmup="1ep")
+    schedule = _build(points="5ep:128", shape="linear", learning_rate_scaling="linear", warmup="1ep")
     assert schedule.at(50_000).learning_rate == pytest.approx(0.2 * 5 / 9)
     assert schedule.at(0).learning_rate == pytest.approx(0.01)
     assert [row.phase for row in plan(schedule).rows] == [0, 1, 2]
@@ -80,22 +80,22 @@ def test_the_rate_has_a_shape_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"steps": "0:64:2 3"}, "POSITION:BATCH"),
-        ({"steps": ""}, "POSITION:BATCH"),
-        ({"steps": []}, "at least 1 item"),
-        ({"steps": "2:128"}, "number with a unit"),
-        ({"steps": "0:128 2ep:256"}, "global_batch_size = 64: must be what steps begins with, 128"),
-        ({"steps": "2ep:100"}, r"schedule.steps\[0\].global_batch_size = 100: must be a multiple"),
-        ({"steps": "2ep:16000"}, "below the training set's 10000"),
-        ({"steps": "2ep:256", "max_global_batch_size": 128}, "not be above max_global_batch_size = 128"),
-        ({"steps": "4ep:128 2ep:256"}, r"schedule.steps\[1\].*must be later"),
-        ({"steps": "10ep:128"}, "past the end"),
-        ({"steps": [{"at": "1ep", "momentum": 1}]}, "less than 1"),
+        ({"points": "0:64:2 3"}, "POSITION:BATCH"),
+        ({"points": ""}, "POSITION:BATCH"),
+        ({"points": []}, "at least 1 item"),
+        ({"points": "2:128"}, "number with a unit"),
+        ({"points": "0:128 2ep:256"}, "global_batch_size = 64: must be what points begins with, 128"),
+        ({"points": "2ep:100"}, r"schedule.points\[0\].global_batch_size = 100: must be a multiple"),
+        ({"points": "2ep:16000"}, "below the training set's 10000"),
+        ({"points": "2ep:256", "max_global_batch_size": 128}, "not be above max_global_batch_size = 128"),
+        ({"points": "4ep:128 2ep:256"}, r"schedule.points\[1\].*must be later"),
+        ({"points": "10ep:128"}, "past the end"),
+        ({"points": [{"at": "1ep", "momentum": 1}]}, "less than 1"),
         (
-            {"steps": [{"at": "1ep", "learning_rate": 1}], "learning_rate_scaling": "linear"},
+            {"points": [{"at": "1ep", "learning_rate": 1}], "learning_rate_scaling": "linear"},
             "cannot be combined with learning_rate_scaling",
         ),
-        ({"steps": [{"at": "1ep", "batch": 1}]}, "Extra inputs"),
+        ({"points": [{"at": "1ep", "batch": 1}]}, "Extra inputs"),
     ],
 )
 def test_a_list_that_cannot_be_is_refused(fields: dict[str, Any], words: str) -> None:
@@ -104,5 +104,5 @@ def test_a_list_that_cannot_be_is_refused(fields: dict[str, Any], words: str) ->
 
 
 def test_adam_has_no_momentum_to_change() -> None:
-    with pytest.raises(InvalidSetting, match=r"schedule.steps\[0\].momentum = 0.5: only SGD"):
-        _build({"adaptive_optimizer": True}, steps=[{"at": "1ep", "momentum": 0.5}])
+    with pytest.raises(InvalidSetting, match=r"schedule.points\[0\].momentum = 0.5: only SGD"):
+        _build({"adaptive_optimizer": True}, points=[{"at": "1ep", "momentum": 0.5}])
