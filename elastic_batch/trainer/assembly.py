@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Sized
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
-from elastic_batch.data import BatchSource, open_source
+from elastic_batch.data import BatchSource, count_samples, open_source
 from elastic_batch.errors import InvalidSetting
 from elastic_batch.ghost import convert_batch_norm
 from elastic_batch.noise import NoiseScaleEstimator
@@ -48,22 +47,6 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def num_samples(dataset: Dataset[Any]) -> int:
-    """N, the number of samples of a map-style data set.
-
-    Raises:
-        InvalidSetting: It is not one.
-    """
-    if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
-        raise InvalidSetting(
-            "train_set",
-            type(dataset).__name__,
-            "must be a map-style data set with a length, because the order of samples is a function of the position",
-            "Give it __getitem__(index) and __len__(); write a stream to files first, and index those",
-        )
-    return len(dataset)
-
-
 def convert_norms(model: nn.Module, options: TrainerOptions) -> None:
     """Turn the model's batch norms into ghost batch norms, in place, and say so."""
     ghost_batch_size = options.ghost_batch_size or options.micro_batch_size
@@ -75,7 +58,7 @@ def open_training_source(dataset: Dataset[Any], options: TrainerOptions, device:
     """Batches of the training set in the order of the job's stream."""
     return open_source(
         dataset,
-        stream=SampleStream(num_samples(dataset), options.seed, block_size=options.block_size),
+        stream=SampleStream(count_samples(dataset, "train_set"), options.seed, block_size=options.block_size),
         micro_batch_size=options.micro_batch_size,
         device=device,
         collate_fn=options.collate_fn,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from elastic_batch.engines import Engine
-from elastic_batch.errors import ElasticBatchError, MisusedTrainer
+from elastic_batch.errors import CannotFuse, ElasticBatchError, MisusedTrainer
 
 _TEXT_BYTES = 1000
 
@@ -46,6 +46,8 @@ def judge(error: Exception, pass_width: int) -> Failure:
             return Failure(Severity.NARROWER, f"out of memory with {pass_width} micro-batches in a pass")
         text = f"out of memory with a single micro-batch in a pass; lower micro_batch_size ({_one_line(error)})"
         return Failure(Severity.ONCE, text)
+    if isinstance(error, CannotFuse):
+        return Failure(Severity.NARROWER, _one_line(error))
     severity = Severity.FINAL if isinstance(error, MisusedTrainer) else Severity.ONCE
     return Failure(severity, _one_line(error))
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from elastic_batch.errors import InvalidSetting, UnknownName
-from elastic_batch.telemetry import Logger
 from elastic_batch.trainer.precision import Precision
+
+if TYPE_CHECKING:
+    from elastic_batch.telemetry import Logger
 
 Resume = Literal["auto", "never"]
 
@@ -105,6 +107,11 @@ class TrainerOptions:
         divides = ghost is None or (ghost >= 1 and micro % ghost == 0)
         _require("ghost_batch_size", ghost, divides, f"must divide micro_batch_size = {micro}")
 
+    def as_plain_values(self) -> dict[str, Any]:
+        """The options that a file can hold, for a run directory's record of the job."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "job"}
+        return {name: _plain(value) for name, value in values.items()}
+
     @classmethod
     def of(cls, **given: Any) -> TrainerOptions:
         """Options from keyword arguments.
@@ -125,3 +132,9 @@ class TrainerOptions:
 def _require(name: str, value: object, holds: bool, rule: str) -> None:
     if not holds:
         raise InvalidSetting(name, value, rule)
+
+
+def _plain(value: object) -> object:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value) if isinstance(value, PathLike) else getattr(value, "__qualname__", repr(value))

@@ -120,6 +120,10 @@ class Saver:
             self._writer.copy_and_submit(state, info)
             self._submitted = info.position
 
+    def wait(self) -> None:
+        """Wait until everything that was submitted is saved, or has failed."""
+        self._writer.wait()
+
     def close(self) -> None:
-        """Wait for the last checkpoint."""
+        """Finish what was submitted and end the writing thread."""
         self._writer.close()

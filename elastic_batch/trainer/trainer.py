@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from elastic_batch.checkpoint import Checkpoint
+from elastic_batch.data import count_samples
 from elastic_batch.engines import Engine, Membership, open_membership
 from elastic_batch.errors import ElasticBatchError, MisusedTrainer, UpdateFailed, WorldBroken
 from elastic_batch.ghost import RunningStatistics
@@ -24,7 +25,6 @@ from elastic_batch.trainer.assembly import (
     fingerprint,
     make_deterministic,
     make_estimator,
-    num_samples,
     open_training_source,
     refuse_wrapped,
 )
@@ -90,7 +90,7 @@ class Trainer:
             model.compile()
         self.schedule = schedule.build(
             ScheduleContext(
-                num_samples=num_samples(train_set),
+                num_samples=count_samples(train_set, "train_set"),
                 micro_batch_size=self.options.micro_batch_size,
                 learning_rate=self._optimizer.base_learning_rate,
                 momentum=self._optimizer.momentum,
@@ -150,7 +150,6 @@ class Trainer:
         """
         machinery = self._begin()
         self._restart_source(machinery)
-        self._recorder.start_clock()
         with stopping_on_signals(self.stop):
             try:
                 while not self.finished and self.stop_reason is None:
@@ -270,7 +269,7 @@ class Trainer:
                 self._state.restore(checkpoint.state)
                 self.position, self.num_updates = checkpoint.manifest.position, checkpoint.manifest.update
             if engine.rank == 0:
-                self._recorder.open(engine.generation, self.position, self.num_updates)
+                self._recorder.open(engine.generation)
         except ElasticBatchError as caught:
             error = caught
         failures = exchange(engine, judge(error, 1) if error else None, self._device)
@@ -288,6 +287,7 @@ class Trainer:
         self._optimizer.check()
         plan = plan_update(self.schedule, self.num_updates, self.position)
         self._show_phase(plan, machinery.engine.size)
+        self._recorder.start_clock()
         requests = plan.passes(rank=machinery.engine.rank, size=machinery.engine.size, width=self._width)
         return Update(plan, requests, machinery, self._on_commit)
 
@@ -346,10 +346,10 @@ class Trainer:
         self._restart_source(machinery)
 
     def _after_commit(self, machinery: Machinery, update: Update) -> None:
-        header = update.committed_header
         every = self.options.check_every
         if every and self.num_updates % every == 0:
             require_same_parameters(machinery.engine, self._optimizer.parameters, update.index)
+        header = update.committed_header
         if header.stop:
             self.stop_reason = self._stop_wanted or "another worker asked for it"
         self._recorder.maybe_checkpoint(self._state.collect, update.plan.start, self.position, self.num_updates)
@@ -360,7 +360,6 @@ class Trainer:
         ended = machinery.engine
         machinery.engine = machinery.membership.next(ended)
         agree_on_position(machinery.engine, self.position, self._device)
-        self._recorder.generation = machinery.engine.generation
         self._restart_source(machinery)
 
     def _restart_source(self, machinery: Machinery) -> None:

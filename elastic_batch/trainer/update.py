@@ -120,6 +120,11 @@ class Update:
         return self.plan.stop - self.plan.start
 
     @property
+    def was_skipped(self) -> bool:
+        """Whether its samples were consumed without a step: after an overflow, say."""
+        return self.outcome is Outcome.SKIPPED
+
+    @property
     def loss(self) -> float:
         """Mean loss over the update, weighted as the gradient; after a commit."""
         header = self.committed_header

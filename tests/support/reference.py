@@ -79,7 +79,8 @@ def train_plainly(
             with seeded(micro_batch_seed(jobs.SEED, start, "data")):
                 indices = stream.indices(start, start + jobs.MICRO_BATCH).tolist()
                 batch = default_collate([dataset[index] for index in indices])
-                if job.batch_transform is not None:
+            if job.batch_transform is not None:
+                with seeded(micro_batch_seed(jobs.SEED, start, "batch_transform")):
                     batch = job.batch_transform(batch)
             with seeded(micro_batch_seed(jobs.SEED, start, "forward")):
                 loss = job.loss_fn(model, batch)

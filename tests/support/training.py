@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from support import jobs
+from support.engines import FailingEngine, RecoveringMembership
 from support.jobs import SmallJob
 from support.reference import state_of
+from torch.utils.data import Dataset, Subset
 
 from elastic_batch import Trainer
-from elastic_batch.engines import Engine, FixedWorld, Membership
+from elastic_batch.engines import Engine, FixedWorld, Membership, SoloEngine
+from elastic_batch.errors import ElasticBatchError
 from elastic_batch.schedule import StepsSchedule
 
 SCHEDULE = StepsSchedule(
     strategy="steps",
-    steps=f"0:{jobs.FIRST_BATCH} {jobs.MILESTONE}sp:{jobs.SECOND_BATCH}",
+    global_batch_size=jobs.FIRST_BATCH,
+    points=f"0:{jobs.FIRST_BATCH} {jobs.MILESTONE}sp:{jobs.SECOND_BATCH}",
     max_duration=f"{jobs.END}sp",
 )
 
@@ -99,3 +103,162 @@ def first_gradient(engine: Engine, plan: Plan) -> torch.Tensor:
             break
         gradients = [parameter.grad for parameter in trainer.model.parameters() if parameter.grad is not None]
         return torch.cat([gradient.double().flatten() for gradient in gradients])
+
+
+class ScriptedTrouble:
+    """Raises `error` at the calls numbered in `at` (from 0); counts all of them."""
+
+    def __init__(self, error: Exception, at: frozenset[int]) -> None:
+        self.error = error
+        self.at = at
+        self.num_calls = 0
+
+    def maybe(self) -> None:
+        number, self.num_calls = self.num_calls, self.num_calls + 1
+        if number in self.at:
+            raise self.error
+
+
+class TroubledDataset(Dataset[Any]):
+    """Another data set, some of whose samples cannot be had."""
+
+    def __init__(self, inner: Dataset[Any], trouble: ScriptedTrouble) -> None:
+        self.inner: Any = inner
+        self.trouble = trouble
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> Any:
+        self.trouble.maybe()
+        return self.inner[index]
+
+
+def troubled(job: SmallJob, trouble: ScriptedTrouble, where: str) -> SmallJob:
+    """The job, with trouble in its loss function or in its data."""
+    if where == "data":
+        return replace(job, dataset=lambda dtype: TroubledDataset(job.dataset(dtype), trouble))
+
+    def loss_fn(model: torch.nn.Module, batch: Any) -> Any:
+        trouble.maybe()
+        return job.loss_fn(model, batch)
+
+    return replace(job, loss_fn=loss_fn)
+
+
+def train_with_trouble(
+    engine: Engine, plan: Plan, where: str, error: Exception, at: frozenset[int], rank: int
+) -> tuple[str, dict[str, Any]]:
+    """Train with trouble on one worker. Returns the text of the error that ended it, if any, and the state."""
+    job = plan.job
+    if engine.rank == rank:
+        job = troubled(job, ScriptedTrouble(error, at), where)
+    with make_trainer(replace(plan, job=job), FixedWorld(engine)) as trainer:
+        try:
+            return "", run(trainer, plan)
+        except ElasticBatchError as raised:
+            return str(raised), state_of(trainer.model, trainer._optimizer.optimizer)
+
+
+def train_through_failures(engine: Engine, plan: Plan, fail_at: list[int], at: str) -> list[dict[str, Any]]:
+    """Train once for each of `fail_at`, the collective of that number breaking the first world; return the states."""
+    states = []
+    for number in fail_at:
+        membership = RecoveringMembership(FailingEngine(engine, number, at))
+        with make_trainer(plan, membership) as trainer:
+            states.append(run(trainer, plan))
+        if membership.num_worlds != 2:
+            raise AssertionError(f"collective {number} did not break the world")
+    return states
+
+
+def count_collectives(plan: Plan) -> tuple[int, int, dict[str, Any]]:
+    """On one worker: collectives before the first update, collectives in all, and the final state."""
+    engine = FailingEngine(SoloEngine(), None)
+    with make_trainer(plan, FixedWorld(engine)) as trainer:
+        assert trainer.is_lead
+        before = engine.num_collectives
+        state = run(trainer, plan)
+        return before, engine.num_collectives, state
+
+
+def stop_on_one_worker(engine: Engine, plan: Plan, rank: int, after: int) -> tuple[int, str | None]:
+    """One worker asks for the end; returns how far each one came, and why it stopped."""
+    with make_trainer(plan, FixedWorld(engine)) as trainer:
+        for _ in trainer:
+            if engine.rank == rank and trainer.num_updates == after:
+                trainer.stop("enough")
+        return trainer.num_updates, trainer.stop_reason
+
+
+def break_off(engine: Engine, plan: Plan, after: int) -> int:
+    """Every worker leaves the loop after the same update, then all evaluate together."""
+    with make_trainer(plan, FixedWorld(engine)) as trainer:
+        for _ in trainer:
+            if trainer.num_updates == after:
+                break
+        trainer.evaluate(trainer._train_set, losses_of_tokens)
+        return trainer.num_updates
+
+
+def losses_of_tokens(model: torch.nn.Module, batch: Any) -> dict[str, Any]:
+    loss_sum, weight = jobs.token_loss(model, batch)
+    return {"loss": (loss_sum, weight), "samples": (batch["tokens"].shape[0], 1)}
+
+
+def evaluate_tokens(engine: Engine, plan: Plan) -> Any:
+    with make_trainer(plan, FixedWorld(engine)) as trainer:
+        return trainer.evaluate(trainer._train_set, losses_of_tokens, batch_size=7)
+
+
+def evaluate_few(engine: Engine, plan: Plan, num_samples: int) -> Any:
+    with make_trainer(plan, FixedWorld(engine)) as trainer:
+        return trainer.evaluate(Subset(trainer._train_set, range(num_samples)), losses_of_tokens)
+
+
+def evaluate_with_trouble(engine: Engine, plan: Plan, rank: int) -> str:
+    """The measure fails on one worker; returns what each worker raised."""
+
+    def measure(model: torch.nn.Module, batch: Any) -> Any:
+        if engine.rank == rank:
+            raise ValueError("no such measure")
+        return losses_of_tokens(model, batch)
+
+    with make_trainer(plan, FixedWorld(engine)) as trainer:
+        try:
+            trainer.evaluate(trainer._train_set, measure)
+        except ElasticBatchError as error:
+            return str(error)
+    return ""
+
+
+def evaluate_through_a_failure(engine: Engine, plan: Plan) -> tuple[Any, int]:
+    """A collective of the evaluation breaks the world; it is repeated in the next one."""
+    failing = FailingEngine(engine, None)
+    membership = RecoveringMembership(failing)
+    with make_trainer(plan, membership) as trainer:
+        assert trainer.is_lead == (engine.rank == 0)
+        failing.fail_at = failing.num_collectives
+        return trainer.evaluate(trainer._train_set, losses_of_tokens, batch_size=7), membership.num_worlds
+
+
+def disturb_one_worker(engine: Engine, plan: Plan, rank: int) -> str:
+    """One worker's parameters are changed behind the trainer's back; returns what each worker raised."""
+    with make_trainer(plan, FixedWorld(engine)) as trainer:
+        try:
+            for _ in trainer:
+                if engine.rank == rank and trainer.num_updates == 3:
+                    with torch.no_grad():
+                        next(trainer.model.parameters()).view(-1)[0].mul_(1 + 1e-12)
+        except ElasticBatchError as error:
+            return str(error)
+    return ""
+
+
+def train_from_different_weights(engine: Engine, plan: Plan) -> dict[str, Any]:
+    """Every worker begins with weights of its own; rank 0's must win."""
+    with make_trainer(plan, FixedWorld(engine)) as trainer:
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter.add_(engine.rank)
+        return run(trainer, plan)

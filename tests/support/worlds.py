@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import traceback
 import warnings
@@ -68,6 +69,7 @@ def _collect(pipes: list[Connection], timeout_seconds: float) -> list[Any]:
             del open_pipes[rank]
             try:
                 succeeded, value = pipe.recv()
+                value = pickle.loads(value) if succeeded else value
             except EOFError:
                 succeeded, value = False, "died without a word"
             (results if succeeded else failures)[rank] = value
@@ -82,7 +84,8 @@ def _main(pipe: Connection, rank: int, size: int, folder: str, work: Callable[..
     warnings.simplefilter("error")
     engine = connect(rank, size, folder)
     try:
-        pipe.send((True, work(engine, *args)))
+        # Pickled here: the pipe's own way shares tensors' memory, which would be gone with this process.
+        pipe.send((True, pickle.dumps(work(engine, *args))))
     except BaseException:
         pipe.send((False, traceback.format_exc()))
     finally:

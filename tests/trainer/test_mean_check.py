@@ -1,0 +1,64 @@
+"""A loss that is not the mean over samples is found on the first micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from elastic_batch.errors import MisusedTrainer
+from elastic_batch.trainer.mean_check import MeanCheck
+
+_MODEL = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3))
+
+
+def _batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(8, 4, generator=generator), torch.tensor([0, 1, 2, 2, 2, 1, 2, 2])
+
+
+def _check(loss: Callable[[Any], Tensor]) -> None:
+    check = MeanCheck(_MODEL, _batch(), 8)
+    for part in check.parts():
+        assert not _MODEL.training
+        check.record(loss(part))
+    check.verify()
+    assert _MODEL.training
+
+
+def test_a_mean_over_samples_passes_though_norms_and_dropout_couple_them() -> None:
+    _check(lambda batch: F.cross_entropy(_MODEL(batch[0]), batch[1]))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pytest.param(lambda batch: F.cross_entropy(_MODEL(batch[0]), batch[1], ignore_index=2), id="ignore_index"),
+        pytest.param(
+            lambda batch: F.cross_entropy(_MODEL(batch[0]), batch[1], weight=torch.tensor([9.0, 1.0, 0.1])),
+            id="class weights",
+        ),
+        pytest.param(
+            lambda batch: F.cross_entropy(_MODEL(batch[0]) @ _MODEL(batch[0]).T, torch.arange(len(batch[0]))),
+            id="negatives from the batch",
+        ),
+        pytest.param(lambda batch: F.cross_entropy(_MODEL(batch[0]), batch[1], reduction="sum"), id="a sum"),
+    ],
+)
+def test_other_losses_are_refused(loss: Callable[[Any], Tensor]) -> None:
+    with pytest.raises(MisusedTrainer, match="not a mean over samples"):
+        _check(loss)
+
+
+def test_batches_that_cannot_be_halved_are_left_alone() -> None:
+    assert list(MeanCheck(_MODEL, {"edges": torch.zeros(3, 2), "nodes": torch.zeros(8)}, 8).parts()) == []
+    assert list(MeanCheck(_MODEL, (torch.zeros(1, 4),), 1).parts()) == []
+
+
+def test_nested_batches_are_halved_along_the_samples() -> None:
+    parts = list(MeanCheck(_MODEL, {"a": [torch.arange(5)], "name": "x"}, 5).parts())
+    assert [part["a"][0].tolist() for part in parts] == [[0, 1, 2, 3, 4], [0, 1], [2, 3, 4]]

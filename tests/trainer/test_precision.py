@@ -1,0 +1,40 @@
+"""The loss scale: near one for a mean, halved by an overflow, grown after a long time without."""
+
+from __future__ import annotations
+
+import pytest
+
+from elastic_batch.trainer.precision import LossScaler
+
+
+def test_only_fp16_is_scaled() -> None:
+    assert LossScaler("float32", 32).factor == 1.0
+    assert LossScaler("bf16", 32).factor == 1.0
+    scaler = LossScaler("fp16", 32)
+    assert scaler.factor == scaler.scale / 32
+
+
+@pytest.mark.parametrize("nominal_weight", [1, 3, 100, 4096])
+def test_the_shift_is_a_power_of_two_near_the_weight(nominal_weight: int) -> None:
+    scaler = LossScaler("fp16", nominal_weight)
+    shift = scaler.scale / scaler.factor
+    assert shift.hex().startswith("0x1.0000000000000p")
+    assert 0.7 < shift / nominal_weight < 1.42
+
+
+def test_overflow_halves_and_patience_doubles() -> None:
+    scaler = LossScaler("fp16", 1)
+    start = scaler.scale
+    scaler.record(overflow=True)
+    assert scaler.scale == start / 2
+    for _ in range(2000):
+        scaler.record(overflow=False)
+    assert scaler.scale == start
+
+
+def test_the_state_survives_a_checkpoint() -> None:
+    scaler, other = LossScaler("fp16", 8), LossScaler("fp16", 8)
+    scaler.record(overflow=True)
+    scaler.record(overflow=False)
+    other.load_state_dict(scaler.state_dict())
+    assert other.state_dict() == scaler.state_dict()

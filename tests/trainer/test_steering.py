@@ -1,0 +1,120 @@
+"""The steered optimizer: exact learning rates, velocity correction, and no other driver."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from elastic_batch.errors import InvalidSetting, MisusedTrainer
+from elastic_batch.schedule import PhaseValues
+from elastic_batch.trainer.steering import SteeredOptimizer
+
+
+def _values(learning_rate: float, momentum: float = 0.9) -> PhaseValues:
+    return PhaseValues(phase=0, global_batch_size=8, learning_rate=learning_rate, momentum=momentum, until=100)
+
+
+def _parameter(value: float = 1.0) -> nn.Parameter:
+    parameter = nn.Parameter(torch.tensor([value], dtype=torch.float64))
+    parameter.grad = torch.tensor([1.0], dtype=torch.float64)
+    return parameter
+
+
+def test_groups_keep_the_ratio_of_their_learning_rates() -> None:
+    slow, fast = _parameter(), _parameter()
+    optimizer = torch.optim.SGD([{"params": [slow], "lr": 0.1}, {"params": [fast], "lr": 0.3}], lr=1.0)
+    SteeredOptimizer(optimizer).step(_values(0.02, 0.0))
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.02, 0.06], rel=1e-15)
+    assert float(slow) == pytest.approx(0.98)
+    assert float(fast) == pytest.approx(0.94)
+
+
+def test_one_group_gets_the_scheduled_rate_to_the_bit() -> None:
+    optimizer = torch.optim.SGD([_parameter()], lr=0.7)
+    SteeredOptimizer(optimizer).step(_values(0.1 / 3, 0.0))
+    assert optimizer.param_groups[0]["lr"] == 0.1 / 3
+
+
+def test_a_change_of_momentum_keeps_the_averaged_gradient() -> None:
+    parameter = _parameter()
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    steered = SteeredOptimizer(optimizer)
+    for _ in range(200):
+        steered.step(_values(0.1, 0.9))
+    velocity = float(optimizer.state[parameter]["momentum_buffer"])
+    assert velocity == pytest.approx(10.0, rel=1e-6)
+    parameter.grad = torch.zeros(1, dtype=torch.float64)
+    steered.step(_values(0.1, 0.98))
+    # (1 - m) v is kept: 0.1 * 10 = 0.02 * 50; one step without a gradient then multiplies by m.
+    assert float(optimizer.state[parameter]["momentum_buffer"]) == pytest.approx(0.98 * velocity * 5)
+
+
+def test_without_correction_the_velocity_drifts() -> None:
+    parameter = _parameter()
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    steered = SteeredOptimizer(optimizer, momentum_correction=False)
+    steered.step(_values(0.1, 0.9))
+    parameter.grad = torch.zeros(1, dtype=torch.float64)
+    steered.step(_values(0.1, 0.5))
+    assert float(optimizer.state[parameter]["momentum_buffer"]) == pytest.approx(0.5)
+
+
+def test_tensor_learning_rates_are_set_in_place() -> None:
+    rate = torch.tensor(0.5)
+    optimizer = torch.optim.SGD([_parameter()], lr=rate, foreach=True)
+    steered = SteeredOptimizer(optimizer)
+    steered.step(_values(0.25, 0.0))
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert float(rate) == 0.25
+    steered.check()
+
+
+def test_adam_has_no_momentum_and_keeps_its_betas() -> None:
+    optimizer = torch.optim.Adam([_parameter()], lr=0.1)
+    steered = SteeredOptimizer(optimizer)
+    steered.step(_values(0.05, 0.0))
+    assert steered.momentum == 0.0
+    assert steered.is_adaptive
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def test_a_scheduler_beside_the_trainer_is_noticed() -> None:
+    optimizer = torch.optim.SGD([_parameter()], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    steered = SteeredOptimizer(optimizer)
+    steered.step(_values(0.1, 0.0))
+    steered.check()
+    scheduler.step()
+    with pytest.raises(MisusedTrainer, match=r"remove scheduler.step\(\)"):
+        steered.check()
+
+
+def test_a_direct_step_is_refused_until_the_optimizer_is_let_go() -> None:
+    optimizer = torch.optim.SGD([_parameter()], lr=0.1)
+    steered = SteeredOptimizer(optimizer)
+    with pytest.raises(MisusedTrainer, match=r"call update.step\(\)"):
+        optimizer.step()
+    steered.close()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: [torch.optim.SGD([_parameter()], lr=0.1)] * 2, "must be one optimizer"),
+        (lambda: torch.optim.LBFGS([_parameter()]), "without a closure"),
+        (lambda: torch.optim.SGD([_parameter()], lr=0.1, momentum=0.9, dampening=0.1), "dampening = 0.1: must be 0"),
+        (lambda: "sgd", "must be a torch.optim.Optimizer"),
+    ],
+)
+def test_unsuitable_optimizers_are_refused(make: object, message: str) -> None:
+    assert callable(make)
+    with pytest.raises(InvalidSetting, match=message):
+        SteeredOptimizer(make())
+
+
+def test_every_trained_parameter_is_listed_once() -> None:
+    shared, frozen = _parameter(), nn.Parameter(torch.zeros(1), requires_grad=False)
+    optimizer = torch.optim.SGD([{"params": [shared, frozen]}], lr=0.1)
+    assert SteeredOptimizer(optimizer).parameters == [shared]

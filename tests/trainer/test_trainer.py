@@ -1,0 +1,264 @@
+"""The loop: how a run ends, what evaluation gives, and which mistakes are caught."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import training
+from support.jobs import END, NUM_SAMPLES, TOKENS, TokenModel, sgd
+from support.reference import largest_difference
+from support.training import Plan, make_trainer
+from support.worlds import run_world
+from torch import nn
+from torch.nn.parallel import DataParallel
+from torch.utils.data import IterableDataset
+
+from elastic_batch import EMA, Trainer
+from elastic_batch.engines import FixedWorld, SoloEngine
+from elastic_batch.errors import InvalidSetting, MisusedTrainer, NonFinite, RunDirectoryUsed, UnknownName
+
+_PLAN = Plan(TOKENS, num_updates=10)
+
+
+def _trainer(**options: Any) -> Trainer:
+    return make_trainer(Plan(TOKENS, owns_loop=True, options=options), FixedWorld(SoloEngine()))
+
+
+def _losing_loop(trainer: Trainer) -> Iterator[Any]:
+    for update in trainer.updates():
+        for batch in update:
+            loss, weight = TOKENS.loss_fn(trainer.model, batch)
+            update.backward(loss, weight)
+        update.step()
+        yield update
+
+
+def test_the_run_ends_at_the_schedule_s_end_with_every_sample_used() -> None:
+    with _trainer() as trainer:
+        updates = list(_losing_loop(trainer))
+        assert trainer.finished
+        assert trainer.position == END
+        assert trainer.num_updates == len(updates) == 100
+        assert trainer.stop_reason is None
+        assert sum(update.ends_epoch for update in updates) == END // NUM_SAMPLES
+
+
+def test_stop_on_one_worker_stops_all_after_the_same_update() -> None:
+    results = run_world(3, training.stop_on_one_worker, _PLAN, 1, 7)
+    assert {num_updates for num_updates, _ in results} == {8}
+    assert [reason for _, reason in results] == ["another worker asked for it", "enough", "another worker asked for it"]
+
+
+def test_break_on_every_worker_hangs_nobody_and_evaluation_still_works() -> None:
+    assert run_world(3, training.break_off, _PLAN, 5) == [5, 5, 5]
+
+
+def test_evaluation_is_the_same_on_any_number_of_workers() -> None:
+    alone = training.evaluate_tokens(SoloEngine(), _PLAN)
+    assert alone["samples"] == pytest.approx(NUM_SAMPLES / math.ceil(NUM_SAMPLES / 7))
+    for means in run_world(3, training.evaluate_tokens, _PLAN):
+        assert means["loss"] == pytest.approx(alone["loss"], rel=1e-12)
+
+
+def test_workers_without_samples_take_part_in_an_evaluation() -> None:
+    alone = training.evaluate_few(SoloEngine(), _PLAN, 2)
+    for means in run_world(3, training.evaluate_few, _PLAN, 2):
+        assert means["loss"] == pytest.approx(alone["loss"], rel=1e-12)
+
+
+def test_a_measure_that_fails_on_one_worker_fails_on_all() -> None:
+    texts = run_world(3, training.evaluate_with_trouble, _PLAN, 2)
+    assert texts == ["the evaluation failed: worker 2: ValueError: no such measure"] * 3
+
+
+def test_an_evaluation_whose_collective_fails_is_repeated_in_the_next_world() -> None:
+    expected = training.evaluate_tokens(SoloEngine(), _PLAN)
+    for means, num_worlds in run_world(2, training.evaluate_through_a_failure, _PLAN):
+        assert num_worlds == 2
+        assert means["loss"] == pytest.approx(expected["loss"], rel=1e-12)
+
+
+def test_workers_that_differ_are_named() -> None:
+    texts = run_world(3, training.disturb_one_worker, Plan(TOKENS, options={"check_every": 5}), 1)
+    assert all("after update 4 the parameters of worker 1 differ" in text for text in texts)
+
+
+def test_rank_0_s_initial_weights_win() -> None:
+    expected = training.train(SoloEngine(), _PLAN)
+    for state in run_world(2, training.train_from_different_weights, _PLAN):
+        assert largest_difference(state, expected) < 1e-12
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_ends_the_run_after_the_update_with_a_checkpoint(number: signal.Signals, tmp_path: Path) -> None:
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    with _trainer(run_dir=tmp_path / "run") as trainer:
+        for update in _losing_loop(trainer):
+            if update.index == 3:
+                os.kill(os.getpid(), number)
+        assert trainer.num_updates == 5
+        assert trainer.stop_reason == number.name
+    with _trainer(run_dir=tmp_path / "run", resume="auto") as trainer:
+        assert trainer.is_lead
+        assert trainer.num_updates == 5
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == handlers
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_update_and_checkpoint(tmp_path: Path) -> None:
+    with _trainer(run_dir=tmp_path / "run", checkpoint_every="1ep", check_loss=False) as trainer:
+        before: dict[str, torch.Tensor] = {}
+        with pytest.raises(NonFinite, match=r"the loss of update 14 .* last good checkpoint is 0*416-g0-"):
+            for update in trainer.updates():
+                before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+                for batch in update:
+                    loss, weight = TOKENS.loss_fn(trainer.model, batch)
+                    update.backward(loss * (math.nan if update.index == 14 else 1), weight)
+                update.step()
+                trainer._recorder._saver.wait()  # type: ignore[union-attr]  # so that the checkpoint's name is known
+        assert largest_difference(trainer.model.state_dict(), before) == 0
+
+
+def test_updates_that_are_not_finite_can_be_skipped() -> None:
+    with _trainer(on_non_finite="skip", check_loss=False) as trainer:
+        skipped = []
+        for update in trainer.updates():
+            for batch in update:
+                loss, weight = TOKENS.loss_fn(trainer.model, batch)
+                update.backward(loss * (math.inf if update.index == 2 else 1), weight)
+            assert update.step()
+            skipped.append(update.was_skipped)
+            if update.index == 4:
+                break
+        assert skipped == [False, False, True, False, False]
+        assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
+
+
+def test_attached_objects_are_saved_and_restored(tmp_path: Path) -> None:
+    with _trainer(run_dir=tmp_path / "run") as trainer:
+        ema = EMA(trainer.model, horizon=200)
+        trainer.attach(ema=ema)
+        for update in _losing_loop(trainer):
+            if update.index == 5:
+                trainer.stop("for now")
+        average = ema.state_dict()
+        assert largest_difference(average, trainer.model.state_dict()) > 1e-6
+    with _trainer(run_dir=tmp_path / "run", resume="auto") as trainer:
+        late = EMA(trainer.model, horizon=200)
+        assert trainer.is_lead
+        trainer.attach(ema=late)
+        assert largest_difference(late.state_dict(), average) == 0
+
+
+def test_a_used_run_directory_is_refused_unless_resumed(tmp_path: Path) -> None:
+    with _trainer(run_dir=tmp_path) as trainer:
+        next(_losing_loop(trainer))
+    with _trainer(run_dir=tmp_path) as trainer, pytest.raises(RunDirectoryUsed):
+        next(trainer.updates())
+
+
+def _direct_backward(trainer: Trainer) -> None:
+    for update in trainer.updates():
+        for batch in update:
+            TOKENS.loss_fn(trainer.model, batch)[0].backward()
+
+
+def _no_step(trainer: Trainer) -> None:
+    for update in trainer.updates():
+        for batch in update:
+            update.backward(*TOKENS.loss_fn(trainer.model, batch))
+
+
+def _two_steps(trainer: Trainer) -> None:
+    for update in trainer.updates():
+        for batch in update:
+            update.backward(*TOKENS.loss_fn(trainer.model, batch))
+        update.step()
+        update.step()
+
+
+def _no_backward(trainer: Trainer) -> None:
+    for update in trainer.updates():
+        for batch in update:
+            TOKENS.loss_fn(trainer.model, batch)
+        update.step()
+
+
+def _step_too_early(trainer: Trainer) -> None:
+    for update in trainer.updates():
+        for batch in update:
+            update.backward(*TOKENS.loss_fn(trainer.model, batch))
+            break
+        update.step()
+
+
+def _vector_loss(trainer: Trainer) -> None:
+    for update in trainer.updates():
+        for batch in update:
+            update.backward(trainer.model(batch["tokens"]).mean(dim=0))
+
+
+def _own_learning_rate(trainer: Trainer) -> None:
+    for _ in _losing_loop(trainer):
+        trainer._optimizer.optimizer.param_groups[0]["lr"] *= 0.1
+
+
+def _own_step(trainer: Trainer) -> None:
+    for _ in _losing_loop(trainer):
+        trainer._optimizer.optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (_direct_backward, r"call update.backward\(loss\)"),
+        (_no_step, r"update.step\(\) was not called"),
+        (_two_steps, r"update.step\(\) was called twice"),
+        (_no_backward, r"a batch got no update.backward\(loss\)"),
+        (_step_too_early, "before every batch of the update was run"),
+        (_vector_loss, r"the loss has shape \(7, 20\); it must be one number"),
+        (_own_learning_rate, r"remove scheduler.step\(\)"),
+        (_own_step, r"optimizer.step\(\) was called directly"),
+        (list, "needs loss_fn"),
+    ],
+)
+def test_mistakes_in_the_loop_are_caught(mistake: Callable[[Trainer], Any], message: str) -> None:
+    with _trainer(check_loss=False) as trainer, pytest.raises(MisusedTrainer, match=message):
+        mistake(trainer)
+
+
+class _Endless(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[int]:
+        return iter([1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": DataParallel(nn.Linear(1, 1))}, "must be the bare model"),
+        ({"train_set": _Endless()}, "must be a map-style data set"),
+        ({"micro_batch_size": 0}, "micro_batch_size = 0: must be at least 1"),
+        ({"micro_batch_size": 5}, "32.*must be a multiple of.*5|must be"),
+        ({"ghost_batch_size": 3}, "ghost_batch_size = 3: must divide micro_batch_size = 4"),
+        ({"precision": "fp8"}, "must be float32, bf16 or fp16"),
+        ({"max_grad_norm": 0.0}, "must be above 0"),
+        ({"resume": "auto"}, "needs a place for checkpoints"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(change: dict[str, Any], message: str) -> None:
+    model = change.pop("model", None) or TokenModel(torch.float64)
+    train_set = change.pop("train_set", None) or TOKENS.dataset(torch.float64)
+    options = {"micro_batch_size": 4, **change}
+    with pytest.raises(InvalidSetting, match=message):
+        Trainer(model, sgd(model), train_set, training.SCHEDULE, **options).is_lead  # noqa: B018  # it starts the run
+
+
+def test_an_unknown_argument_is_refused_with_the_nearest_known_one() -> None:
+    with pytest.raises(UnknownName, match="Did you mean 'micro_batch_size'"):
+        _trainer(microbatch_size=4)
