@@ -321,7 +321,7 @@ def test_plain_decay_of_a_converted_schedule_is_that_schedule_at_a_fixed_batch()
 
 
 def test_given_batches_have_no_plain_decay() -> None:
-    steps = {"strategy": "steps", "steps": "0:32 5ep:64", "max_duration": "10ep"}
+    steps = {"strategy": "steps", "points": "0:32 5ep:64", "max_duration": "10ep"}
     assert Job.parse({**SMALLEST, "schedule": steps}).with_plain_decay() is None
 
 

@@ -34,7 +34,7 @@ class Display(Protocol):
 
 
 def open_display(rank: int, total: int, num_samples: int, console: Console | None = None) -> Display:
-    """Choose how to show a run, and send the package's log the same way.
+    """Choose how to show a run; the package's log goes the same way while the display is open.
 
     Args:
         rank: Only worker 0 shows anything; others print warnings.
@@ -43,25 +43,40 @@ def open_display(rank: int, total: int, num_samples: int, console: Console | Non
         console: Where to; None: standard error.
     """
     if rank != 0:
-        logging.basicConfig(level=logging.WARNING, format=f"worker {rank}: %(message)s")
-        return Silence()
+        return Silence(_plain_handler(f"worker {rank}: %(message)s"), logging.WARNING)
     console = console or Console(stderr=True)
     if console.is_terminal:
-        handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)
-        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
         return Bar(console, total, num_samples)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     return Lines(total, num_samples, write=lambda line: console.print(line, soft_wrap=True, highlight=False))
 
 
+def _plain_handler(form: str = "%(message)s") -> logging.Handler:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(form))
+    return handler
+
+
 class Silence:
-    """Shows nothing."""
+    """Shows nothing but the package's log.
+
+    Args:
+        handler: What takes the log while this is open.
+        level: From which level on.
+    """
+
+    def __init__(self, handler: logging.Handler, level: int) -> None:
+        self._handler = handler
+        self._level = level
+        self._logger = logging.getLogger("elastic_batch")
 
     def __enter__(self) -> Self:
+        self._logger.addHandler(self._handler)
+        self._logger.setLevel(self._level)
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        self._logger.removeHandler(self._handler)
+        self._logger.setLevel(logging.NOTSET)
 
     def update(self, position: int, record: Mapping[str, Any]) -> None:
         pass
@@ -74,6 +89,8 @@ class Bar(Silence):
     """A progress bar; its length is the job's in samples."""
 
     def __init__(self, console: Console, total: int, num_samples: int) -> None:
+        handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)
+        super().__init__(handler, logging.INFO)
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn(compact=True))
         self._progress = Progress(*columns, console=console)
         self._task: TaskID | None = None
@@ -82,9 +99,10 @@ class Bar(Silence):
 
     def __enter__(self) -> Self:
         self._progress.start()
-        return self
+        return super().__enter__()
 
     def __exit__(self, *_: object) -> None:
+        super().__exit__()
         self._progress.stop()
 
     def update(self, position: int, record: Mapping[str, Any]) -> None:
@@ -115,6 +133,7 @@ class Lines(Silence):
         write: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__(_plain_handler(), logging.INFO)
         self._total = total
         self._start: int | None = None
         self._write, self._clock = write, clock

@@ -69,13 +69,13 @@ def _train(
 
     job, schedule = planned.job, planned.schedule
     display = open_display(invocation.rank, schedule.end, schedule.num_samples)
-    loggers = open_loggers(job.loggers, directory, name=job.name, job=job.dump()) if invocation.rank == 0 else []
-    workload = build_workload(
-        job, environ=invocation.environ, run_dir=directory, resume=resume, init_from=init_from, loggers=loggers
-    )
-    trainer = workload.trainer
-    with trainer, display:
-        metrics = _run(workload, display)
+    with display:
+        loggers = open_loggers(job.loggers, directory, name=job.name, job=job.dump()) if invocation.rank == 0 else []
+        workload = build_workload(
+            job, environ=invocation.environ, run_dir=directory, resume=resume, init_from=init_from, loggers=loggers
+        )
+        with workload.trainer as trainer:
+            metrics = _run(workload, display)
     return {
         "name": job.name,
         "strategy": job.schedule.strategy,

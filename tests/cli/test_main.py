@@ -1,0 +1,94 @@
+"""The root of the command line: help, suggestions, exit codes, lazy imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from elastic_batch.cli import main as main_module
+from elastic_batch.cli.main import COMMANDS, main
+from elastic_batch.errors import ElasticBatchError, InvalidSetting
+from elastic_batch.version import VERSION
+
+
+def test_help_lists_every_command_without_importing_any(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"], {}) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", ["recipes", "plan", "train", "schema"])
+def test_each_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "-h"], {}) == 0
+    assert "Usage: elastic-batch " + name in capsys.readouterr().out
+
+
+def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"], {}) == 0
+    assert VERSION in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pln"], "no command 'pln'. Did you mean 'plan'?"),
+        (["frobnicate"], "Known: recipes, plan, train"),
+        (["plan", "digits", "--strateg", "x"], "Did you mean '--strategy'?"),
+        (["plan", "digts"], "Did you mean 'digits'?"),
+        (["plan", "digits", "--strategy", "decay"], "Did you mean 'decay-lr'?"),
+        (["plan", "digits", "--set", "optimizer.lr=1"], "no such field in optimizer"),
+        (["plan", "digits", "--set", "model.name=wrn-10"], "Did you mean 'wrn-10-1'?"),
+        (["plan", "digits", "--set", "data.name=digit"], "Did you mean 'digits'?"),
+        (["plan", "digits", "--max-duration", "10"], "a number with a unit"),
+        (["plan", "none.yaml"], "no such file"),
+    ],
+)
+def test_a_wrong_command_line_is_one_message_and_exit_code_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments, {}) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        (ElasticBatchError("it broke"), 1),
+        (InvalidSetting("seed", -1, "must be at least 0"), 2),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_errors_become_a_message_and_a_code(
+    raised: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(main_module.root, "main", fail)
+    assert main([], {}) == code
+    assert (str(raised) or "Interrupted") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["plan", "cifar10-wrn16-4-grow-batch"], ["recipes"], ["schema"]])
+def test_planning_commands_never_load_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from elastic_batch.cli.main import main\n"
+        f"assert main({arguments!r}, {{}}) == 0\n"
+        "print('torch' in sys.modules, 'matplotlib' in sys.modules, file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr.strip() == "False False"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = f"{sys.executable} -m elastic_batch schema | head -n 1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("{\n", "", 0)
