@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from torch.utils.data import default_collate
@@ -14,6 +15,8 @@ from elastic_batch.data.source import PassRequest
 from elastic_batch.errors import CannotFuse, DataError
 from elastic_batch.randomness import reseed
 from elastic_batch.stream import SampleStream, micro_batch_seed
+
+_COLLATION_ERRORS = (RuntimeError, TypeError, KeyError, ValueError)  # of unequal shapes, types and keys
 
 
 class FetchCancelledError(Exception):
@@ -47,32 +50,48 @@ class Fetcher:
             FetchCancelledError: `is_cancelled` said so between two samples.
         """
         starts = [request.start + i * self.micro_batch_size for i in range(request.num_micro_batches)]
-        batches = [self._micro_batch(start, is_cancelled) for start in starts]
+        if self.join_passes and self.collate_fn is None:
+            return [self._collate_at_once(request, starts, [self._samples(start, is_cancelled) for start in starts])]
+        batches = [self._collate(start, self._samples(start, is_cancelled)) for start in starts]
         return [join_pass(batches, request, self.stream, self.micro_batch_size)] if self.join_passes else batches
 
-    def _micro_batch(self, start: int, is_cancelled: Callable[[], bool]) -> Any:
-        indices: list[int] = self.stream.indices(start, start + self.micro_batch_size).tolist()
+    def _samples(self, start: int, is_cancelled: Callable[[], bool]) -> list[Any]:
+        asked: list[int] = self.stream.indices(start, start + self.micro_batch_size).tolist()
         reseed(micro_batch_seed(self.stream.seed, start, "data"))
         fetch_many = getattr(self.dataset, "__getitems__", None)
-        asked = indices
+        samples: list[Any] = []
         try:
             if callable(fetch_many):
                 _stop_if(is_cancelled)
-                samples = fetch_many(indices)
-                _require_as_many(samples, indices)
-            else:
-                samples = []
-                for index in indices:
-                    _stop_if(is_cancelled)
-                    asked = [index]
-                    samples.append(self.dataset[index])
-                asked = indices
-            return _collate_by_default(samples) if self.collate_fn is None else self.collate_fn(samples)
+                samples = fetch_many(asked)
+                _require_as_many(samples, asked)
+                return samples
+            for index in asked:
+                _stop_if(is_cancelled)
+                samples.append(self.dataset[index])
+            return samples
         except FetchCancelledError:
             raise
         # Whatever users' code raises becomes the one error that the trainer knows and that crosses processes.
         except Exception as error:
-            raise data_error(error, start, asked) from error
+            failed = asked if callable(fetch_many) else asked[len(samples) : len(samples) + 1]
+            raise data_error(error, start, failed) from error
+
+    def _collate(self, start: int, samples: list[Any]) -> Any:
+        """Make a batch of a micro-batch's samples, still under its seeds: a `collate_fn` may draw, too."""
+        try:
+            return _collate_by_default(samples) if self.collate_fn is None else self.collate_fn(samples)
+        except Exception as error:
+            indices = self.stream.indices(start, start + self.micro_batch_size).tolist()
+            raise data_error(error, start, indices) from error
+
+    def _collate_at_once(self, request: PassRequest, starts: list[int], groups: list[list[Any]]) -> Any:
+        """The default collation draws nothing, so it may save the copy from micro-batches to the pass."""
+        try:
+            return default_collate(list(chain.from_iterable(groups)))
+        except _COLLATION_ERRORS:  # of a micro-batch, or of the pass only: separately it will be seen
+            batches = [self._collate(start, samples) for start, samples in zip(starts, groups, strict=True)]
+            return join_pass(batches, request, self.stream, self.micro_batch_size)
 
 
 def join_pass(batches: list[Any], request: PassRequest, stream: SampleStream, micro_batch_size: int) -> Any:
@@ -98,7 +117,7 @@ def data_error(error: Exception, position: int, sample_indices: list[int]) -> Da
 def _collate_by_default(samples: list[Any]) -> Any:
     try:
         return default_collate(samples)
-    except (RuntimeError, TypeError, KeyError) as error:  # in a data worker, unequal shapes have a misleading message
+    except _COLLATION_ERRORS as error:  # in a data worker, unequal shapes have a misleading message
         raise ValueError(
             f"torch's default collation cannot make a batch of these samples ({error}). If their shapes or types "
             "differ, pass a collate_fn that pads or lists them"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,8 +98,9 @@ class WorkerSource:
     def _receive(self, pool: _Pool) -> Delivery:
         try:
             return pool.receive()
-        except Exception as error:
-            reason = f"{pool.obituary()} ({type(error).__name__}: {error})"
+        except Exception as error:  # of the DataLoader, of a worker's start, or of unpickling what a dead one left
+            last_line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            reason, traceback_text = f"{pool.obituary()} ({last_line})", "".join(traceback.format_exception(error))
         except BaseException:
             self._discard()  # interrupted in the middle of the DataLoader's bookkeeping
             raise
@@ -106,7 +108,8 @@ class WorkerSource:
         request = self._plan.unserved
         assert request is not None
         stop = request.start + request.num_micro_batches * self._fetcher.micro_batch_size
-        raise DataError(request.start, self._fetcher.stream.indices(request.start, stop).tolist(), reason)
+        indices = self._fetcher.stream.indices(request.start, stop).tolist()
+        raise DataError(request.start, indices, reason, traceback_text)
 
     def _discard(self) -> None:
         if self._pool is not None:
@@ -160,7 +163,7 @@ class _Pool:
         """Why nothing more can be received."""
         dead = self._dead(_POLL_SECONDS)
         if not dead:
-            return "a data worker's answer could not be read"
+            return "a data worker failed"
         causes = ", ".join(f"pid {process.pid}, exit code {process.exitcode}" for process in dead)
         return (
             f"a data worker died ({causes}): memory may have run out (lower num_workers or prefetch_factor), or the "

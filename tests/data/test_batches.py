@@ -142,6 +142,22 @@ def test_samples_of_different_shapes_come_in_passes_of_one_and_wider_ones_say_so
         batches(Ragged(), num_workers=num_workers)
 
 
+class Growing(Dataset[torch.Tensor]):
+    """Samples of one shape inside each micro-batch of one sample."""
+
+    def __len__(self) -> int:
+        return 101
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.zeros(1 + index % 5)
+
+
+def test_micro_batches_that_only_differ_from_each_other_cannot_be_fused() -> None:
+    assert len(batches(Growing(), micro_batch_size=1)) == NUM
+    with pytest.raises(CannotFuse, match=r"4 micro-batches cannot be one pass: .*shapes"):
+        batches(Growing(), micro_batch_size=1, width=4)
+
+
 def test_a_transform_whose_results_differ_in_shape_cannot_be_fused() -> None:
     def crop(batch: list[torch.Tensor]) -> list[torch.Tensor]:
         return [batch[0][:, : random.randint(1, 5)], batch[1]]

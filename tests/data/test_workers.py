@@ -258,6 +258,16 @@ def test_each_worker_is_prepared_by_the_user_s_function(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prepared-0", "prepared-1"]
 
 
+def test_an_error_in_the_user_s_function_is_told() -> None:
+    def prepare(worker_id: int) -> None:
+        raise ValueError("no licence for the reader")
+
+    with closing(open_workers(Draws(64), worker_init_fn=prepare)) as source:
+        source.start(requests(4))
+        with pytest.raises(DataError, match=r"a data worker failed \(ValueError: no licence for the reader\)$"):
+            source.next()
+
+
 SLOW = pytest.mark.soak  # every such worker imports torch anew
 SCRIPT = textwrap.dedent("""
     import sys
