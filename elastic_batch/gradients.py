@@ -19,9 +19,9 @@ DEFAULT_BUCKET_BYTES = 25 * 2**20
 class GradientBuckets:
     """The gradients of one worker, as slices of flat buckets that are reduced in the order of their index.
 
-    Buckets follow the parameters from the last to the first, which is about the order in which backward finishes them. A
-    parameter's `.grad` is a view of its bucket, so that accumulation costs nothing extra; parameters narrower than float32
-    are accumulated in float32 and get a gradient of their own type at the end.
+    Buckets follow the parameters from the last to the first, which is about the order in which backward finishes
+    them. A parameter's `.grad` is a view of its bucket, so that accumulation costs nothing extra; parameters narrower
+    than float32 are accumulated in float32 and get a gradient of their own type at the end.
 
     Args:
         parameters: What the optimizer trains, in its order.
@@ -75,7 +75,8 @@ class GradientBuckets:
             self._accepting = False
 
     def flush(self, engine: Engine, norms: list[Tensor] | None = None) -> None:
-        """Launch the reductions that are still to come, in order: unused parameters', or all of them on a spare worker."""
+        """Launch the reductions that are still to come, in order: unused parameters', or all of them on a spare
+        worker."""
         self._engine, self._norms = engine, norms
         while self._next_launch < len(self._buckets):
             self._launch_next(engine)
@@ -163,7 +164,7 @@ class GradientBuckets:
 
 
 def _hook(parameter: Parameter, call: Callable[[Tensor], None]) -> RemovableHandle:
-    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(call)  # type: ignore[no-untyped-call]
+    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(call)
     return handle
 
 

@@ -33,7 +33,8 @@ class Branching(nn.Module):
     def forward(self, inputs: Tensor, *used: int) -> Tensor:
         for index in used:
             inputs = self.layers[index](inputs)
-        return inputs.square().sum()
+        loss: Tensor = inputs.square().sum()
+        return loss
 
 
 def _inputs(seed: int) -> Tensor:
@@ -52,7 +53,7 @@ def test_sums_over_passes_equal_plain_accumulation() -> None:
     buckets.finish(0.5, buckets.seen)
     found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
     buckets.close()
-    (sum(model(_inputs(seed), 0, 1, 2) for seed in range(3)) * 0.5).backward()
+    torch.stack([model(_inputs(seed), 0, 1, 2) for seed in range(3)]).sum().mul(0.5).backward()
     expected = [parameter.grad for parameter in model.parameters()]
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
@@ -83,7 +84,7 @@ def test_full_buckets_are_reduced_while_backward_goes_on() -> None:
     buckets = GradientBuckets(model.parameters(), bucket_bytes=100)
     engine = RecordingEngine()
     reduced_when_first_layer_got_its_gradient: list[int] = []
-    model.layers[0].weight.register_hook(
+    model.get_parameter("layers.0.weight").register_hook(
         lambda gradient: reduced_when_first_layer_got_its_gradient.append(len(engine.reduced))
     )
     buckets.begin()
@@ -123,9 +124,10 @@ def test_half_precision_parameters_accumulate_in_float32() -> None:
 
 
 def test_gradients_of_channels_last_weights_keep_their_layout() -> None:
-    layer = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's own stub
+    layer = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
     buckets = GradientBuckets(layer.parameters())
     buckets.begin()
+    assert layer.weight.grad is not None
     assert layer.weight.grad.stride() == layer.weight.stride()
 
 

@@ -18,7 +18,8 @@ from elastic_batch.engines.protocol import Handle
 from elastic_batch.errors import WorldBroken
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
-"""How long a collective may take before the world counts as broken; a worker's compute may be that much later than another's."""
+"""How long a collective may take before the world counts as broken; a worker's compute may be that much later than
+another's."""
 
 
 class DistributedEngine:
@@ -42,8 +43,8 @@ class DistributedEngine:
     def from_environment(cls, device: torch.device, *, timeout: timedelta = DEFAULT_TIMEOUT) -> DistributedEngine:
         """Join the world that a launcher's environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
-        A default process group that the script has made already is used as it is. Blocks until every worker is here; the
-        connections between all of them stand when it returns.
+        A default process group that the script has made already is used as it is. Blocks until every worker is here;
+        the connections between all of them stand when it returns.
 
         Raises:
             WorldBroken: The others did not come within `timeout`.

@@ -24,8 +24,8 @@ class Handle(Protocol):
 class Engine(Protocol):
     """The collectives of one world, as seen by one of its workers.
 
-    Every worker launches the same collectives in the same order. Calls come from the training thread; `abort` alone may come
-    from any thread.
+    Every worker launches the same collectives in the same order. Calls come from the training thread; `abort` alone
+    may come from any thread.
     """
 
     rank: int

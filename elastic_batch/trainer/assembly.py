@@ -78,7 +78,15 @@ def make_estimator(options: TrainerOptions, schedule: Schedule) -> NoiseScaleEst
 
 def fingerprint(options: TrainerOptions, schedule: Schedule, optimizer: Optimizer) -> dict[str, Any]:
     """What alters the trajectory, in plain values."""
-    settings = ("micro_batch_size", "seed", "precision", "max_grad_norm", "on_non_finite", "momentum_correction", "block_size")
+    settings = (
+        "micro_batch_size",
+        "seed",
+        "precision",
+        "max_grad_norm",
+        "on_non_finite",
+        "momentum_correction",
+        "block_size",
+    )
     groups = [
         {name: value for name, value in group.items() if name not in ("params", "lr") and _is_plain(value)}
         for group in optimizer.param_groups
@@ -101,4 +109,6 @@ def _digest(schedule: Schedule) -> str:
 
 def _is_plain(value: object) -> bool:
     plain = (bool, int, float, str, type(None))
-    return isinstance(value, plain) or (isinstance(value, tuple | list) and all(isinstance(item, plain) for item in value))
+    return isinstance(value, plain) or (
+        isinstance(value, tuple | list) and all(isinstance(item, plain) for item in value)
+    )

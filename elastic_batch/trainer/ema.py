@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from elastic_batch.errors import InvalidSetting
 
@@ -15,8 +15,9 @@ from elastic_batch.errors import InvalidSetting
 class EMA:
     """An exponential moving average of a model's parameters, whose horizon is counted in samples.
 
-    Because its clock is the position, a growing batch leaves the averaged stretch of training as long as it was. Attached to
-    a trainer (`trainer.attach(ema=ema)`) it follows every commit and is part of each checkpoint. Buffers are copied.
+    Because its clock is the position, a growing batch leaves the averaged stretch of training as long as it was.
+    Attached to a trainer (`trainer.attach(ema=ema)`) it follows every commit and is part of each checkpoint. Buffers
+    are copied.
 
     Args:
         model: The model that trains; it is copied.
@@ -40,8 +41,8 @@ class EMA:
     def after_update(self, num_samples: int) -> None:
         """Take in the model after an update of `num_samples` samples: part 1 - exp(-num_samples / horizon) of it."""
         part = -math.expm1(-num_samples / self.horizon)
-        averages, current = list(self.model.parameters()), list(self._source.parameters())
-        torch._foreach_lerp_(averages, current, part)
+        averages: list[Tensor] = list(self.model.parameters())
+        torch._foreach_lerp_(averages, list[Tensor](self._source.parameters()), part)
         for average, buffer in zip(self.model.buffers(), self._source.buffers(), strict=True):
             average.copy_(buffer)
 

@@ -78,7 +78,9 @@ def evaluate(
     return _total(engine, totals, error, device)
 
 
-def _total(engine: Engine, totals: dict[str, Tensor], error: Exception | None, device: torch.device) -> dict[str, float]:
+def _total(
+    engine: Engine, totals: dict[str, Tensor], error: Exception | None, device: torch.device
+) -> dict[str, float]:
     failures = exchange(engine, judge(error, 1) if error else None, device)
     if failures:
         raise UpdateFailed("the evaluation", {rank: failure.text for rank, failure in failures.items()}) from error

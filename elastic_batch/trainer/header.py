@@ -12,8 +12,9 @@ from elastic_batch.engines import Wishes
 from elastic_batch.noise import NoiseSums
 
 _FIELDS = ("workers", "void", "leave", "regroup", "stop", "weight", "loss", "passes", "squares", "inverses")
-"""Names of the leading numbers: workers that sent one; that failed; that want to leave; that know of a new world; that want to
-stop; weight and loss sum; of the workers with a first pass: how many, sum of |s|^2 / w^2, sum of 1 / w."""
+"""Names of the leading numbers: workers that sent one; that failed; that want to leave; that know of a new world;
+that want to stop; weight and loss sum; of the workers with a first pass: how many, sum of |s|^2 / w^2, sum of 1 /
+w."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,8 +33,8 @@ class TrainerOptions:
     run_dir: str | PathLike[str] | None = None
     """Where the run's records and checkpoints go. None: nowhere."""
     resume: Resume | str | PathLike[str] = "never"
-    """`never` starts fresh and refuses a used run directory; `auto` goes on where the run directory's newest good checkpoint
-    stands, or starts fresh if there is none; a path names a checkpoint or a run directory."""
+    """`never` starts fresh and refuses a used run directory; `auto` goes on where the run directory's newest good
+    checkpoint stands, or starts fresh if there is none; a path names a checkpoint or a run directory."""
     name: str = "run"
     """What records and metrics call the run."""
     job: dict[str, Any] | None = None
@@ -46,7 +46,8 @@ class TrainerOptions:
     max_grad_norm: float | None = None
     """Clip the divided gradient to this norm. None: do not clip."""
     on_non_finite: Literal["stop", "skip"] = "stop"
-    """What a loss or gradient that is not finite does: end the run with an error, or drop the update on every worker."""
+    """What a loss or gradient that is not finite does: end the run with an error, or drop the update on every
+    worker."""
     momentum_correction: bool = True
     """Scale SGD's velocity when the momentum changes, so that the averaged gradient is kept."""
     deterministic: bool = False
@@ -83,6 +84,8 @@ class TrainerOptions:
     """Tokens of a sample, needed where lengths are given in tokens."""
     metrics_port: int | None = None
     """Port on which the lead worker serves Prometheus metrics. None: no server."""
+    metrics_file: str | PathLike[str] | None = None
+    """File, ending in `.prom`, that the lead worker keeps up to date for node_exporter. None: no file."""
     loggers: Sequence[Logger] = ()
     """Further receivers of the run's records, on the lead worker."""
 

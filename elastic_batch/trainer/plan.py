@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
-from elastic_batch.shares import share
-
 from elastic_batch.data import PassRequest
 from elastic_batch.schedule import PhaseValues, Schedule
+from elastic_batch.shares import share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

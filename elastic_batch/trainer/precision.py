@@ -25,9 +25,10 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 class LossScaler:
     """The factor that keeps fp16 gradients away from zero.
 
-    Backward runs on loss_sum * factor; the division by the update's weight takes the factor out again. Half of the factor is
-    a power of two near a micro-batch's nominal weight, because a sum of losses is that much larger than the mean for which
-    scales are usually chosen. Overflow is judged on the reduced gradient, so that all workers judge alike.
+    Backward runs on loss_sum * factor; the division by the update's weight takes the factor out again. Half of the
+    factor is a power of two near a micro-batch's nominal weight, because a sum of losses is that much larger than the
+    mean for which scales are usually chosen. Overflow is judged on the reduced gradient, so that all workers judge
+    alike.
 
     Args:
         precision: Scaling is off (a factor of 1) unless it is `fp16`.

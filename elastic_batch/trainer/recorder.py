@@ -1,31 +1,27 @@
-"""What the lead worker leaves behind: records, ledger, checkpoints, summary."""
+"""What the lead worker leaves behind: records of updates and evaluations, checkpoints, the summary."""
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-from elastic_batch.checkpoint import Checkpoint, CheckpointInfo, CheckpointStore, Manifest, WriterEvents, check_fingerprint
+from elastic_batch.checkpoint import Checkpoint, CheckpointInfo, CheckpointStore, Manifest, check_fingerprint
 from elastic_batch.engines import Engine
 from elastic_batch.noise import NoiseScaleEstimator
-from elastic_batch.rundir import RunDirectory, is_used
 from elastic_batch.schedule import Duration, Schedule, walk
 from elastic_batch.trainer.options import TrainerOptions
+from elastic_batch.trainer.outlets import Outlets
 from elastic_batch.trainer.saving import Saver
 from elastic_batch.trainer.update import Update
-
-logger = logging.getLogger(__name__)
 
 Collect = Callable[[], dict[str, Any]]
 
 
 class Recorder:
-    """Writes what a run leaves behind. On workers other than the lead, and without a run directory, it writes nothing.
+    """Makes records and keeps checkpoints. Until `open`, which only the lead worker calls, it writes nothing.
 
     Args:
         options: Where to, how often.
@@ -33,23 +29,21 @@ class Recorder:
         fingerprint: What alters the trajectory.
 
     Attributes:
-        last_record: The newest update's record.
-        last_checkpoint: Name of the newest checkpoint known to be good.
+        last_record: The newest update's record; empty before the first, and on other workers than the lead.
     """
 
     def __init__(self, options: TrainerOptions, schedule: Schedule, fingerprint: Mapping[str, Any]) -> None:
         self._options = options
         self._schedule = schedule
         self._fingerprint = fingerprint
-        self._directory: RunDirectory | None = None
+        self._outlets: Outlets | None = None
         self._saver: Saver | None = None
-        self._is_lead = False
-        self._clock = 0.0
+        self._resumed_from: Manifest | None = None
+        self._started_at = 0.0
         self._seconds = 0.0
         self._final_metrics: dict[str, float] = {}
         self._ending: dict[str, Any] = {}
         self.last_record: dict[str, Any] = {}
-        self.last_checkpoint: str | None = None
 
     @property
     def checkpoint_location(self) -> str | None:
@@ -58,44 +52,52 @@ class Recorder:
             return os.fspath(self._options.checkpoint_location)
         return None if self._options.run_dir is None else os.path.join(self._options.run_dir, "checkpoints")
 
-    def check_same_job(self, checkpoint: Checkpoint) -> None:
-        """Refuse to resume another job.
+    @property
+    def last_checkpoint(self) -> str | None:
+        """Name of the newest checkpoint known to be good; on other workers than the lead, the one resumed from."""
+        newest = self._saver.newest if self._saver is not None else None
+        manifest = newest or self._resumed_from
+        return None if manifest is None else manifest.name
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint of this job.
 
         Raises:
-            JobDiffers: With every difference.
+            JobDiffers: It is another job's; with every difference.
             InvalidSetting: The job now ends before the checkpoint's position.
         """
         manifest = checkpoint.manifest
-        where = self.checkpoint_location or "the checkpoint"
+        where = self.checkpoint_location or f"checkpoint {manifest.name}"
         check_fingerprint(manifest.fingerprint, self._fingerprint, where=where, position=manifest.position)
-        self.last_checkpoint = manifest.name
+        self._resumed_from = manifest
 
     def open(self, generation: int) -> None:
         """Become the lead worker's recorder.
 
         Raises:
             RunDirectoryUsed: A fresh run was asked for in a used directory.
+            InvalidSetting: The metrics' port or file cannot be used.
             OSError: The run directory cannot be written to.
         """
-        self._is_lead = True
-        if (path := self._options.run_dir) is not None:
-            job = self._options.job or self._options.as_plain_values()
-            resumes = self._options.resume != "never" and is_used(Path(path))
-            self._directory = RunDirectory.resume(path, job) if resumes else RunDirectory.create(path, job)
+        self._outlets = Outlets(self._options)
+        if (found := self._resumed_from) is not None:
+            self._outlets.metrics.resume(update=found.update, position=found.position)
+            self._outlets.metrics.checkpoint_found(
+                num_bytes=found.num_bytes, position=found.position, created_seconds=found.created_seconds
+            )
         if (location := self.checkpoint_location) is not None:
             store = CheckpointStore(location, keep=self._options.keep, generation=generation)
-            events = WriterEvents(before_save=self._sync, saved=self._on_saved)
-            self._saver = Saver(store, self._checkpoint_interval(), events)
+            self._saver = Saver(store, self._checkpoint_interval(), self._outlets.checkpoint_events)
 
-    def start_clock(self) -> None:
+    def begin_update(self) -> None:
         """An update starts; what lies between updates is the user's time and does not count."""
-        self._clock = time.monotonic()
+        self._started_at = time.monotonic()
 
     def update(self, update: Update, engine: Engine, estimator: NoiseScaleEstimator | None) -> None:
         """Record a committed update."""
-        if not self._is_lead:
+        if self._outlets is None:
             return
-        seconds = time.monotonic() - self._clock
+        seconds = time.monotonic() - self._started_at
         self._seconds += seconds
         plan, values = update.plan, update.plan.values
         self.last_record = {
@@ -122,33 +124,30 @@ class Recorder:
             "generation": engine.generation,
             "time": time.time(),
         }
-        if self._directory is not None:
-            self._directory.record(self.last_record)
-            self._directory.commit(
-                update=plan.index + 1, start=plan.start, stop=plan.stop, generation=engine.generation
-            )
+        self._outlets.update(self.last_record, plan.start)
 
     def evaluation(self, metrics: Mapping[str, float], position: int, num_updates: int) -> None:
         """Record what an evaluation found; the summary has the last one's."""
-        if not self._is_lead:
+        if self._outlets is None:
             return
         self._final_metrics = dict(metrics)
-        record = {
-            "kind": "evaluation",
-            "update": num_updates,
-            "position": position,
-            "epoch": position / self._schedule.num_samples,
-            "metrics": self._final_metrics,
-            "time": time.time(),
-        }
-        if self._directory is not None:
-            self._directory.record(record)
-            self._directory.flush()
+        self._outlets.evaluation(
+            {
+                "kind": "evaluation",
+                "update": num_updates,
+                "position": position,
+                "epoch": position / self._schedule.num_samples,
+                "metrics": self._final_metrics,
+                "time": time.time(),
+            }
+        )
         if self._ending:
             self._summarize()
 
     def repeated(self) -> None:
         """Count an update that has to be done again."""
+        if self._outlets is not None:
+            self._outlets.metrics.repeated()
 
     def maybe_checkpoint(self, collect: Collect, before: int, position: int, num_updates: int) -> None:
         """Save a checkpoint if one became due between the positions `before` and `position`."""
@@ -164,11 +163,10 @@ class Recorder:
             num_updates: Updates committed.
             reason: Why it ended before the schedule did; None if it did not.
         """
-        if not self._is_lead:
+        if self._outlets is None:
             return
-        if position:
+        if position and self._saver is not None:
             self._checkpoint(collect, position, num_updates)
-        if self._saver is not None:
             self._saver.wait()
         finished = position >= self._schedule.end
         self._ending = {
@@ -179,51 +177,46 @@ class Recorder:
             "world_size": self.last_record.get("world_size"),
         }
         self._summarize()
-        if self._directory is not None:
-            self._directory.sync()
+        self._outlets.sync()
 
     def close(self) -> None:
-        """Write what waits and close the files."""
+        """Write what waits and close everything."""
         if self._saver is not None:
             self._saver.close()
-        if self._directory is not None:
-            self._directory.close()
+        if self._outlets is not None:
+            self._outlets.close()
 
     def _checkpoint(self, collect: Collect, position: int, num_updates: int) -> None:
-        if self._saver is not None:
-            info = CheckpointInfo(position=position, update=num_updates, fingerprint=self._fingerprint)
-            self._saver.save(collect(), info)
+        assert self._saver is not None
+        assert self._outlets is not None
+        started = time.monotonic()
+        info = CheckpointInfo(position=position, update=num_updates, fingerprint=self._fingerprint)
+        if self._saver.save(collect, info):
+            self._outlets.metrics.checkpoint_blocked(time.monotonic() - started)
 
     def _checkpoint_interval(self) -> int | None:
         every = self._options.checkpoint_every
         if every is None:
             return None
-        return Duration.parse(every).samples(
-            num_samples=self._schedule.num_samples, tokens_per_sample=self._options.tokens_per_sample
+        return Duration.parse(every, "checkpoint_every").samples(
+            num_samples=self._schedule.num_samples,
+            tokens_per_sample=self._options.tokens_per_sample,
+            total=self._schedule.end,
+            field="checkpoint_every",
         )
 
     def _summarize(self) -> None:
-        if self._directory is None:
-            return
-        first_batch = self._schedule.global_batch_size
-        self._directory.summarize(
+        assert self._outlets is not None
+        self._outlets.summarize(
             {
                 "name": self._options.name,
                 "strategy": self._schedule.rule.partition(",")[0],
                 "seed": self._options.seed,
                 **self._ending,
                 "planned_updates": sum(run.num_updates for run in walk(self._schedule)),
-                "baseline_updates": -(-self._schedule.end // first_batch),
+                "baseline_updates": -(-self._schedule.end // self._schedule.global_batch_size),
                 "epochs": self._ending["samples"] / self._schedule.num_samples,
                 "seconds": self._seconds,
                 "metrics": self._final_metrics,
             }
         )
-
-    def _sync(self) -> None:
-        if self._directory is not None:
-            self._directory.sync()
-
-    def _on_saved(self, manifest: Manifest, seconds: float) -> None:
-        self.last_checkpoint = manifest.name
-        logger.info("saved checkpoint %s (%d bytes) in %.2f s", manifest.name, manifest.num_bytes, seconds)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import nn
@@ -12,10 +14,13 @@ from elastic_batch.checkpoint import (
     CheckpointInfo,
     CheckpointStore,
     CheckpointWriter,
+    Manifest,
     WriterEvents,
     open_checkpoint,
 )
 from elastic_batch.errors import InvalidSetting
+
+logger = logging.getLogger(__name__)
 
 
 class Stateful(Protocol):
@@ -102,23 +107,39 @@ class Saver:
     Args:
         store: Where they go.
         interval: Samples between checkpoints; None: only the last one.
-        events: Who is told what happens.
+        events: Who else is told what happens.
+
+    Attributes:
+        newest: The newest checkpoint that was written.
     """
 
     def __init__(self, store: CheckpointStore, interval: int | None, events: WriterEvents) -> None:
-        self._writer = CheckpointWriter(store, events)
+        self.newest: Manifest | None = None
         self._interval = interval
         self._submitted: int | None = None
+
+        def on_saved(manifest: Manifest, seconds: float) -> None:
+            self.newest = manifest
+            logger.info("saved checkpoint %s, %d bytes, in %.2f s", manifest.name, manifest.num_bytes, seconds)
+            events.saved(manifest, seconds)
+
+        self._writer = CheckpointWriter(store, replace(events, saved=on_saved))
 
     def is_due(self, before: int, after: int) -> bool:
         """Whether an update from position `before` to `after` crossed a multiple of the interval."""
         return self._interval is not None and after // self._interval > before // self._interval
 
-    def save(self, state: dict[str, Any], info: CheckpointInfo) -> None:
-        """Copy `state` and let it be written while training goes on; nothing if this position was submitted already."""
-        if info.position != self._submitted:
-            self._writer.copy_and_submit(state, info)
-            self._submitted = info.position
+    def save(self, collect: Callable[[], dict[str, Any]], info: CheckpointInfo) -> bool:
+        """Copy the state that `collect` gives, to be written while training goes on.
+
+        Returns:
+            False, and nothing is copied, if this position was submitted already.
+        """
+        if info.position == self._submitted:
+            return False
+        self._writer.copy_and_submit(collect(), info)
+        self._submitted = info.position
+        return True
 
     def wait(self) -> None:
         """Wait until everything that was submitted is saved, or has failed."""

@@ -15,8 +15,8 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 def stopping_on_signals(stop: Callable[[str], None]) -> Iterator[None]:
     """While inside, call `stop(name of the signal)` at the first SIGINT, SIGTERM or SIGUSR1.
 
-    After the first, the handlers that were there before are back, so that a second Ctrl-C interrupts at once. Outside the
-    main thread, where Python allows no handlers, nothing is caught.
+    After the first, the handlers that were there before are back, so that a second Ctrl-C interrupts at once. Outside
+    the main thread, where Python allows no handlers, nothing is caught.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

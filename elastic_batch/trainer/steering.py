@@ -18,7 +18,8 @@ class SteeredOptimizer:
 
     Args:
         optimizer: A torch optimizer without a closure. Parameter groups keep the ratio of their learning rates.
-        momentum_correction: Scale SGD's velocity by (1 - m_old) / (1 - m_new) when the momentum changes, which keeps the
+        momentum_correction: Scale SGD's velocity by (1 - m_old) / (1 - m_new) when the momentum changes, which keeps
+        the
             averaged gradient (1 - m) v and lets the step follow lr / (1 - m) at once (design, section 4).
 
     Raises:
@@ -61,8 +62,8 @@ class SteeredOptimizer:
         for group, expected in zip(self.optimizer.param_groups, self._expected, strict=True):
             if _number(group["lr"]) != expected:
                 raise MisusedTrainer(
-                    f"the learning rate was changed from {expected} to {_number(group['lr'])} outside the schedule; remove "
-                    "scheduler.step() and other code that sets it: the trainer's schedule does"
+                    f"the learning rate was changed from {expected} to {_number(group['lr'])} outside the schedule; "
+                    "remove scheduler.step() and other code that sets it: the trainer's schedule does"
                 )
 
     def step(self, values: PhaseValues) -> None:
@@ -103,7 +104,9 @@ class SteeredOptimizer:
 
     def _refuse_foreign_step(self, *_: object) -> None:
         if not self._stepping:
-            raise MisusedTrainer("optimizer.step() was called directly; call update.step(), which steps on every worker")
+            raise MisusedTrainer(
+                "optimizer.step() was called directly; call update.step(), which steps on every worker"
+            )
 
 
 def _refuse_unsuitable(optimizer: Any) -> None:

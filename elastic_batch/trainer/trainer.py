@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
@@ -52,13 +51,12 @@ class Trainer:
     Drive it with a loop of your own over `updates()`, or pass `loss_fn` and iterate over the trainer itself.
 
     Args:
-        model: Converted in place: batch norms become ghost batch norms. It may be compiled, not wrapped for data parallelism.
-        optimizer: Trains the model's parameters; the schedule sets its learning rate and momentum.
-        train_set: Map-style data set.
-        schedule: What `from_lr_scheduler` gives, or a specification of `elastic_batch.schedule`.
-        loss_fn: Gives a batch's loss, where the trainer owns the step.
-        membership: Where worlds come from. None: the world that a launcher's environment describes.
-        options: Every field of `TrainerOptions` is a keyword argument; `micro_batch_size` is required.
+        model: Converted in place: batch norms become ghost batch norms. It may be compiled, not wrapped for data
+        parallelism. optimizer: Trains the model's parameters; the schedule sets its learning rate and momentum.
+        train_set: Map-style data set. schedule: What `from_lr_scheduler` gives, or a specification of
+        `elastic_batch.schedule`. loss_fn: Gives a batch's loss, where the trainer owns the step. membership: Where
+        worlds come from. None: the world that a launcher's environment describes. options: Every field of
+        `TrainerOptions` is a keyword argument; `micro_batch_size` is required.
 
     Raises:
         InvalidSetting: Something cannot be trained as asked; the message says why and what to do.
@@ -128,6 +126,17 @@ class Trainer:
     def last_record(self) -> dict[str, Any]:
         """The newest update's line in the metrics log; empty before the first and on other workers than the lead."""
         return self._recorder.last_record
+
+    def start(self) -> None:
+        """Enter the world and take up the run: `position` is then that of the checkpoint to resume from, if any.
+
+        Called by everything that needs it; calling it first only makes errors come earlier.
+
+        Raises:
+            ElasticBatchError: The run directory or the checkpoint cannot be used.
+            WorldBroken: The other workers did not come.
+        """
+        self._begin()
 
     def attach(self, **parts: Stateful) -> None:
         """Put objects into checkpoints, by name. One with `after_update(num_samples)` is called at each commit."""
@@ -265,7 +274,7 @@ class Trainer:
         try:
             checkpoint = find_checkpoint(os.fspath(self.options.resume), self._recorder.checkpoint_location)
             if checkpoint is not None:
-                self._recorder.check_same_job(checkpoint)
+                self._recorder.resume(checkpoint)
                 self._state.restore(checkpoint.state)
                 self.position, self.num_updates = checkpoint.manifest.position, checkpoint.manifest.update
             if engine.rank == 0:
@@ -281,13 +290,15 @@ class Trainer:
         if checkpoint is None:
             agree_on_model(engine, self._plain_model)
         else:
-            logger.info("resumed %s at position %d, update %d", checkpoint.manifest.name, self.position, self.num_updates)
+            logger.info(
+                "resumed %s at position %d, update %d", checkpoint.manifest.name, self.position, self.num_updates
+            )
 
     def _open(self, machinery: Machinery) -> Update:
         self._optimizer.check()
         plan = plan_update(self.schedule, self.num_updates, self.position)
         self._show_phase(plan, machinery.engine.size)
-        self._recorder.start_clock()
+        self._recorder.begin_update()
         requests = plan.passes(rank=machinery.engine.rank, size=machinery.engine.size, width=self._width)
         return Update(plan, requests, machinery, self._on_commit)
 
@@ -393,4 +404,6 @@ class Trainer:
         )
         idle = world_size - num_micro_batches - self.options.spares
         if idle > 0:
-            logger.warning("%d workers have no micro-batch in this phase: they wait for the others at each update", idle)
+            logger.warning(
+                "%d workers have no micro-batch in this phase: they wait for the others at each update", idle
+            )

@@ -10,16 +10,16 @@ from enum import Enum
 from typing import Any, Literal
 
 import torch
-from elastic_batch.ghost import RunningStatistics
-from elastic_batch.randomness import preserved, reseed
-from elastic_batch.stream import micro_batch_seed
 from torch import Tensor, nn
 
 from elastic_batch.data import BatchSource, DataError, PassRequest
 from elastic_batch.engines import Engine, Membership
 from elastic_batch.errors import MisusedTrainer, NonFinite, WorldBroken
+from elastic_batch.ghost import RunningStatistics
 from elastic_batch.gradients import GradientBuckets
 from elastic_batch.noise import NoiseScaleEstimator
+from elastic_batch.randomness import preserved, reseed
+from elastic_batch.stream import micro_batch_seed
 from elastic_batch.trainer.failures import Failure, is_out_of_memory, judge
 from elastic_batch.trainer.header import Header, Tally, unpack
 from elastic_batch.trainer.mean_check import MeanCheck

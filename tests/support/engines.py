@@ -45,7 +45,7 @@ class FailingEngine:
             raise WorldBroken("a scripted failure", self.generation)
         if fails:
             # What a broken reduction may leave behind.
-            tensor.fill_(float("nan"))
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 1)
             return _Failed(self.generation)
         return self.inner.all_reduce(tensor) if source is None else self.inner.broadcast(tensor, source)
 

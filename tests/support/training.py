@@ -17,7 +17,7 @@ from elastic_batch.engines import Engine, FixedWorld, Membership, SoloEngine
 from elastic_batch.errors import ElasticBatchError
 from elastic_batch.schedule import StepsSchedule
 
-SCHEDULE = StepsSchedule(
+SCHEDULE = StepsSchedule.of(
     strategy="steps",
     global_batch_size=jobs.FIRST_BATCH,
     points=f"0:{jobs.FIRST_BATCH} {jobs.MILESTONE}sp:{jobs.SECOND_BATCH}",
@@ -93,6 +93,7 @@ def train_in_two_halves(engine: Engine, plan: Plan, run_dir: str, stop_after: in
     options = {**plan.options, "run_dir": run_dir, "resume": "auto"}
     half = Plan(plan.job, stop_after, plan.owns_loop, options)
     with make_trainer(half, FixedWorld(engine)) as trainer:
+        trainer.start()
         return trainer.position, run(trainer, half)
 
 
@@ -176,7 +177,7 @@ def count_collectives(plan: Plan) -> tuple[int, int, dict[str, Any]]:
     """On one worker: collectives before the first update, collectives in all, and the final state."""
     engine = FailingEngine(SoloEngine(), None)
     with make_trainer(plan, FixedWorld(engine)) as trainer:
-        assert trainer.is_lead
+        trainer.start()
         before = engine.num_collectives
         state = run(trainer, plan)
         return before, engine.num_collectives, state
@@ -237,7 +238,7 @@ def evaluate_through_a_failure(engine: Engine, plan: Plan) -> tuple[Any, int]:
     failing = FailingEngine(engine, None)
     membership = RecoveringMembership(failing)
     with make_trainer(plan, membership) as trainer:
-        assert trainer.is_lead == (engine.rank == 0)
+        trainer.start()
         failing.fail_at = failing.num_collectives
         return trainer.evaluate(trainer._train_set, losses_of_tokens, batch_size=7), membership.num_worlds
 
@@ -249,7 +250,7 @@ def disturb_one_worker(engine: Engine, plan: Plan, rank: int) -> str:
             for _ in trainer:
                 if engine.rank == rank and trainer.num_updates == 3:
                     with torch.no_grad():
-                        next(trainer.model.parameters()).view(-1)[0].mul_(1 + 1e-12)
+                        trainer.model.get_parameter("embedding.weight").view(-1)[0].mul_(1 + 1e-12)
         except ElasticBatchError as error:
             return str(error)
     return ""

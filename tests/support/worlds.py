@@ -15,12 +15,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 
 from elastic_batch.engines import DistributedEngine, Engine
 
 _context = multiprocessing.get_context("forkserver")
-# Names that resolve without this process's sys.path, which the server does not get; it skips silently what it cannot import.
-_context.set_forkserver_preload(["pytest", "torch._dynamo", "torch.distributed", "torch.utils.data", "elastic_batch.trainer"])
+# Names that resolve without this process's sys.path, which the server does not get; it skips silently what it cannot
+# import.
+_context.set_forkserver_preload(
+    ["pytest", "torch._dynamo", "torch.distributed", "torch.utils.data", "elastic_batch.trainer"]
+)
 
 
 class WorkerFailed(AssertionError):
@@ -96,6 +100,6 @@ def _main(pipe: Connection, rank: int, size: int, folder: str, work: Callable[..
 
 def connect(rank: int, size: int, folder: str) -> Engine:
     """Join a gloo world that meets in a folder."""
-    store = dist.FileStore(os.path.join(folder, "store"), size)
+    store = FileStore(os.path.join(folder, "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=30))
     return DistributedEngine.from_environment(torch.device("cpu"))

@@ -1,0 +1,111 @@
+"""Where the lead worker's records go: run directory, Prometheus metrics, experiment trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from elastic_batch.checkpoint import CheckpointInfo, Manifest, WriterEvents
+from elastic_batch.rundir import RunDirectory, is_used
+from elastic_batch.telemetry import Metrics, MetricsFile, MetricsServer
+from elastic_batch.trainer.options import TrainerOptions
+
+
+class Outlets:
+    """Fans records out to everything that the options name; open until `close`.
+
+    Args:
+        options: Which outlets there are.
+
+    Raises:
+        RunDirectoryUsed: A fresh run was asked for in a used directory.
+        InvalidSetting: The metrics' port or file cannot be used.
+        OSError: The run directory cannot be written to.
+    """
+
+    def __init__(self, options: TrainerOptions) -> None:
+        self._loggers = options.loggers
+        self._directory = _open_directory(options)
+        registry = CollectorRegistry()
+        self.metrics = Metrics(registry, run=options.name)
+        if self._directory is not None:
+            self.metrics.watch_ledger(self._directory.lost_samples)
+        port, file = options.metrics_port, options.metrics_file
+        self._server = None if port is None else MetricsServer(registry, port)
+        self._file = None if file is None else MetricsFile(registry, file)
+
+    @property
+    def checkpoint_events(self) -> WriterEvents:
+        """What the writer of checkpoints tells the outlets."""
+
+        def on_saved(manifest: Manifest, seconds: float) -> None:
+            self.metrics.checkpoint_saved(
+                seconds=seconds,
+                num_bytes=manifest.num_bytes,
+                position=manifest.position,
+                created_seconds=manifest.created_seconds,
+            )
+
+        def on_failed(_: Exception, __: CheckpointInfo) -> None:
+            self.metrics.checkpoint_failed()
+
+        def on_superseded(_: CheckpointInfo) -> None:
+            self.metrics.checkpoint_superseded()
+
+        return WriterEvents(before_save=self.sync, saved=on_saved, failed=on_failed, superseded=on_superseded)
+
+    def update(self, record: Mapping[str, Any], start: int) -> None:
+        """Put out the record of a committed update whose first sample was at `start`."""
+        self.metrics.update(record)
+        if self._directory is not None:
+            self._directory.record(record)
+            self._directory.commit(
+                update=record["update"], start=start, stop=record["position"], generation=record["generation"]
+            )
+        if self._file is not None:
+            self._file.maybe_write()
+        for each in self._loggers:
+            each.log(record)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """Put out the record of an evaluation."""
+        self.metrics.evaluation(record)
+        if self._directory is not None:
+            self._directory.record(record)
+            self._directory.flush()
+        for each in self._loggers:
+            each.log(record)
+
+    def summarize(self, summary: Mapping[str, Any]) -> None:
+        """Leave a summary in the run directory."""
+        if self._directory is not None:
+            self._directory.summarize(summary)
+
+    def sync(self) -> None:
+        """Bring the run directory's logs to the disk."""
+        if self._directory is not None:
+            self._directory.sync()
+
+    def close(self) -> None:
+        """Write what waits, stop serving, end the trackers."""
+        if self._file is not None:
+            self._file.write()
+        if self._server is not None:
+            self._server.close()
+        if self._directory is not None:
+            self._directory.close()
+        for each in self._loggers:
+            each.close()
+
+
+def _open_directory(options: TrainerOptions) -> RunDirectory | None:
+    path = options.run_dir
+    if path is None:
+        return None
+    job = options.job or options.as_plain_values()
+    if options.resume != "never" and is_used(Path(path)):
+        return RunDirectory.resume(path, job)
+    return RunDirectory.create(path, job)
