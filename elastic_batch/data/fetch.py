@@ -62,12 +62,14 @@ class Fetcher:
         samples: list[Any] = []
         try:
             if callable(fetch_many):
-                _stop_if(is_cancelled)
+                if is_cancelled():
+                    raise FetchCancelledError
                 samples = fetch_many(asked)
                 _require_as_many(samples, asked)
                 return samples
             for index in asked:
-                _stop_if(is_cancelled)
+                if is_cancelled():
+                    raise FetchCancelledError
                 samples.append(self.dataset[index])
             return samples
         except FetchCancelledError:
@@ -122,11 +124,6 @@ def _collate_by_default(samples: list[Any]) -> Any:
             f"torch's default collation cannot make a batch of these samples ({error}). If their shapes or types "
             "differ, pass a collate_fn that pads or lists them"
         ) from error
-
-
-def _stop_if(is_cancelled: Callable[[], bool]) -> None:
-    if is_cancelled():
-        raise FetchCancelledError
 
 
 def _require_as_many(samples: Any, indices: list[int]) -> None:
