@@ -2,6 +2,7 @@
 
 from elastic_batch.rundir.directory import (
     RunDirectory,
+    has_updates,
     is_used,
     read_job,
     read_metrics,
@@ -16,6 +17,7 @@ __all__ = [
     "Ledger",
     "LineWriter",
     "RunDirectory",
+    "has_updates",
     "is_used",
     "read_job",
     "read_metrics",

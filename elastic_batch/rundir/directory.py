@@ -198,6 +198,12 @@ def read_metrics(path: str | os.PathLike[str], kind: str = "update") -> Iterator
         yield from read_line_at(log, (offsets[update] for update in sorted(offsets)))
 
 
+def has_updates(path: str | os.PathLike[str]) -> bool:
+    """Whether a directory holds a run that has done an update."""
+    log = Path(path) / _METRICS
+    return log.is_file() and any(record.get("kind") == "update" for _, record in read_lines(log))
+
+
 def read_run_ledger(path: str | os.PathLike[str]) -> Ledger:
     """The committed ranges of the run in a directory."""
     return LedgerReader(Path(path) / _LEDGER).read()

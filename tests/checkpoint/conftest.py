@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from support.dying_os import Died, DyingOs
 
 from elastic_batch import durable
 from elastic_batch.checkpoint import CheckpointInfo
-
-# A program of its own, which imports its neighbour.
-collect_ignore = ["kill_trial.py"]
 
 Save = tuple[dict[str, Any], CheckpointInfo]
 Dying = Callable[[int], AbstractContextManager[None]]
@@ -44,25 +38,14 @@ def make_save() -> Callable[[int], Save]:
 @pytest.fixture(scope="session")
 def dying() -> Dying:
     """A context in which the process is as good as dead from the given effect on the disk on."""
-    module = _load(Path(__file__).with_name("dying_os.py"))
 
     @contextmanager
     def die_at(moment: int) -> Iterator[None]:
         def die() -> None:
-            raise module.Died
+            raise Died
 
-        with pytest.MonkeyPatch.context() as patch, suppress(module.Died):
-            patch.setattr(durable, "os", module.DyingOs(moment, die))
+        with pytest.MonkeyPatch.context() as patch, suppress(Died):
+            patch.setattr(durable, "os", DyingOs(moment, die))
             yield
 
     return die_at
-
-
-def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dying_os import DyingOs
+from support.dying_os import DyingOs
 
 from elastic_batch import durable
 from elastic_batch.checkpoint import CheckpointInfo, CheckpointStore, CheckpointWriter
 from elastic_batch.errors import CheckpointDamaged
 
-KEEP = 2
-NUM_SAVES = 3
+KEEP = 1
+NUM_SAVES = 2
 
 
 def state_at(position: int) -> dict[str, Any]:
@@ -32,8 +32,8 @@ def state_at(position: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(position)
     return {
         "position": position,
-        "model": {"weight": torch.randn(17, 5, generator=generator), "bias": torch.randn(5, generator=generator)},
-        "optimizer": {"state": {0: {"momentum_buffer": torch.randn(85, generator=generator)}}, "lr": 0.1},
+        "model": {"weight": torch.randn(170, 50, generator=generator)},
+        "optimizer": {"lr": 0.1, "betas": (0.9, 0.999)},
     }
 
 

@@ -1,0 +1,177 @@
+"""Runs as a report sees them: columns of numbers, and groups of runs that differ in their seed only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elastic_batch.errors import RunDirectoryMissing
+from elastic_batch.rundir import has_updates, read_job, read_metrics, read_summary
+
+Column = NDArray[np.float64]
+
+_COLUMNS = (
+    "update", "position", "epoch", "phase", "global_batch_size", "learning_rate", "momentum", "noise_scale",
+    "measured_noise_scale", "loss", "seconds",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, read from its directory.
+
+    Attributes:
+        name: The job's name.
+        strategy: How the schedule trades learning rate for batch.
+        seed: The job's seed; None if it is not known.
+        updates: A column for each field of an update's record, in order of updates; NaN where it was null.
+        evaluations: `update` and `epoch` of the evaluations, and a column for each metric.
+        baseline_updates: Updates of plain decay at the same settings; None if it is not known.
+    """
+
+    name: str
+    strategy: str
+    seed: int | None
+    updates: Mapping[str, Column]
+    evaluations: Mapping[str, Column]
+    baseline_updates: int | None
+
+    @property
+    def num_updates(self) -> int:
+        """Updates done."""
+        return int(self.updates["update"][-1])
+
+    @property
+    def num_samples(self) -> int:
+        """Samples committed."""
+        return int(self.updates["position"][-1])
+
+    @property
+    def seconds(self) -> float:
+        """Time of all updates, without evaluations and what the user did between them."""
+        return float(np.nansum(self.updates["seconds"]))
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of what was evaluated."""
+        return [name for name in self.evaluations if name not in ("update", "epoch")]
+
+    def final(self, metric: str) -> float:
+        """The last evaluation's value; NaN if there is none."""
+        values = self.evaluations.get(metric, np.empty(0))
+        known = values[~np.isnan(values)]
+        return float(known[-1]) if known.size else float("nan")
+
+    @cached_property
+    def starts(self) -> Column:
+        """The epoch at which each update begins, whereas column `epoch` is where it ends."""
+        return np.concatenate([[0.0], self.updates["epoch"][:-1]])
+
+    @cached_property
+    def boundaries(self) -> Column:
+        """The epochs at which a phase begins, without the first."""
+        begins = np.diff(self.updates["phase"]) != 0
+        return np.compress(begins, self.starts[1:])
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one job and strategy, drawn as one curve: their mean, and the range that they span.
+
+    Attributes:
+        label: What distinguishes them from the other groups.
+        runs: At least one.
+    """
+
+    label: str
+    runs: Sequence[Run]
+
+    @property
+    def strategy(self) -> str:
+        """The strategy of all of them."""
+        return self.runs[0].strategy
+
+    @property
+    def seeds(self) -> list[int]:
+        """Their seeds, as far as known."""
+        return sorted(run.seed for run in self.runs if run.seed is not None)
+
+
+def find_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Run directories, each named itself or by the directory that they lie in.
+
+    Raises:
+        RunDirectoryMissing: A path holds no run with at least one update.
+    """
+    found = []
+    for path in map(Path, paths):
+        inside = sorted(path.iterdir()) if path.is_dir() else []
+        runs = [path] if has_updates(path) else [candidate for candidate in inside if has_updates(candidate)]
+        if not runs:
+            raise RunDirectoryMissing(str(path))
+        found += runs
+    return found
+
+
+def load_run(path: Path) -> Run:
+    """Read a run directory.
+
+    Raises:
+        RunDirectoryMissing: There is no run with at least one update in it.
+    """
+    job, summary = read_job(path), read_summary(path)
+    updates = _columns(read_metrics(path), _COLUMNS)
+    if not updates["update"].size:
+        raise RunDirectoryMissing(str(path))
+    evaluations = list(read_metrics(path, "evaluation"))
+    metrics = sorted({name for record in evaluations for name in record["metrics"]})
+    flat = ({**record["metrics"], "update": record["update"], "epoch": record["epoch"]} for record in evaluations)
+    schedule = job.get("schedule")
+    planned = schedule.get("strategy") if isinstance(schedule, dict) else None
+    return Run(
+        name=str(summary.get("name") or job.get("name") or path.resolve().name),
+        strategy=str(summary.get("strategy") or planned or path.resolve().name),
+        seed=_first_known(summary.get("seed"), job.get("seed")),
+        updates=updates,
+        evaluations=_columns(flat, ("update", "epoch", *metrics)),
+        baseline_updates=summary.get("baseline_updates"),
+    )
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Put runs that differ in their seed only together; the plain decay, if there is one, comes first."""
+    several_names = len({run.name for run in runs}) > 1
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.name, run.strategy), []).append(run)
+    made = [
+        Group(
+            f"{name}: {strategy}" if several_names and strategy not in name else name if several_names else strategy,
+            members,
+        )
+        for (name, strategy), members in groups.items()
+    ]
+    return sorted(made, key=lambda group: not is_baseline(group))
+
+
+def is_baseline(group: Group) -> bool:
+    """Whether the group decays the learning rate at a fixed batch."""
+    return group.strategy == "decay-lr"
+
+
+def _columns(records: Iterable[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Column]:
+    rows = [[record.get(name) for name in names] for record in records]
+    # None becomes NaN.
+    table = np.array(rows, dtype=np.float64).reshape(-1, len(names))
+    return dict(zip(names, table.T, strict=True))
+
+
+def _first_known(*values: Any) -> int | None:
+    return next((int(value) for value in values if value is not None), None)

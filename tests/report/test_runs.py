@@ -1,0 +1,67 @@
+"""Runs as a report sees them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from elastic_batch.errors import RunDirectoryMissing
+from elastic_batch.report.runs import find_runs, group_runs, load_run
+
+MakeRun = Callable[..., Path]
+
+
+def test_a_run_is_read_into_columns(nine_runs: Path) -> None:
+    run = load_run(nine_runs / "grow-batch-2")
+    assert (run.name, run.strategy, run.seed, run.baseline_updates) == ("synthetic", "grow-batch", 2, 3000)
+    assert (run.num_updates, run.num_samples) == (1500, 384_000)
+    assert run.metrics == ["accuracy", "loss"]
+    assert np.isnan(run.updates["measured_noise_scale"][0])
+    assert run.boundaries.tolist() == [12, 24]
+    assert run.starts[0] == 0
+    assert 0.9 < run.final("accuracy") < 1
+    assert np.isnan(run.final("perplexity"))
+
+
+def test_runs_that_differ_in_their_seed_make_a_group_and_the_plain_decay_comes_first(nine_runs: Path) -> None:
+    groups = group_runs([load_run(path) for path in find_runs([nine_runs])])
+    assert [(group.label, group.seeds) for group in groups] == [
+        ("decay-lr", [1, 2, 3]), ("grow-batch", [1, 2, 3]), ("hybrid", [1, 2, 3]),
+    ]  # fmt: skip
+
+
+def test_jobs_of_several_names_have_them_in_their_labels(make_run: MakeRun, tmp_path: Path) -> None:
+    paths = [
+        make_run(tmp_path / "a", "hybrid", 1, name="digits"),
+        make_run(tmp_path / "b", "hybrid", 1, name="cifar10-hybrid"),
+    ]
+    assert [group.label for group in group_runs(list(map(load_run, paths)))] == ["digits: hybrid", "cifar10-hybrid"]
+
+
+def test_a_run_that_still_goes_on_is_named_by_its_job_or_its_directory(make_run: MakeRun, tmp_path: Path) -> None:
+    run = load_run(make_run(tmp_path / "a", "hybrid", 4, finished=False))
+    assert (run.name, run.strategy, run.seed, run.baseline_updates) == ("synthetic", "hybrid", 4, None)
+    (tmp_path / "a" / "job.yaml").unlink()
+    run = load_run(tmp_path / "a")
+    assert (run.name, run.strategy, run.seed) == ("a", "a", None)
+
+
+def test_runs_are_found_by_themselves_and_in_what_holds_them(nine_runs: Path, tmp_path: Path) -> None:
+    assert find_runs([nine_runs / "hybrid-1", nine_runs / "decay-lr-1"]) == [
+        nine_runs / "hybrid-1", nine_runs / "decay-lr-1",
+    ]  # fmt: skip
+    assert len(find_runs([nine_runs])) == 9
+    with pytest.raises(RunDirectoryMissing):
+        find_runs([nine_runs, tmp_path / "nowhere"])
+
+
+def test_a_run_without_updates_is_none(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "evaluation", "update": 0, "metrics": {}}) + "\n")
+    with pytest.raises(RunDirectoryMissing):
+        find_runs([tmp_path])
+    with pytest.raises(RunDirectoryMissing):
+        load_run(tmp_path)

@@ -1,0 +1,90 @@
+"""Whole reports."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+from elastic_batch.errors import ElasticBatchError, UnknownName
+from elastic_batch.report import Report, write_report
+from elastic_batch.rundir import RunDirectory, read_metrics
+
+MakeRun = Callable[..., Path]
+PICTURES = ["schedule", "noise", "loss", "accuracy", "overview"]
+
+
+@pytest.fixture(scope="module")
+def report(nine_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
+    return write_report([nine_runs], tmp_path_factory.mktemp("out") / "report")
+
+
+def test_a_report_has_each_picture_as_png_and_svg_and_the_table_twice(report: Report) -> None:
+    names = {path.name for path in report.files}
+    assert names == {f"{name}{suffix}" for name in PICTURES for suffix in (".png", ".svg")} | {"table.md", "table.json"}
+    for path in report.files:
+        if path.suffix == ".png":
+            with Image.open(path) as picture:
+                assert picture.width > 600
+                assert len(picture.convert("RGB").resize((80, 60)).getcolors(5000) or []) > 20
+        elif path.suffix == ".svg":
+            assert ElementTree.parse(path).getroot().tag.endswith("svg")
+
+
+def test_every_picture_names_every_group(report: Report) -> None:
+    for path in report.files:
+        if path.suffix == ".svg":
+            text = path.read_text()
+            assert all(f"<!-- {label} -->" in text for label in ("decay-lr", "grow-batch", "hybrid")), path
+
+
+def test_drawing_leaves_nothing_behind_in_matplotlib(report: Report) -> None:
+    assert "matplotlib.pyplot" not in sys.modules
+    assert sys.modules["matplotlib"].rcParams["svg.hashsalt"] is None
+
+
+def test_the_table_compares_with_the_plain_decay(report: Report) -> None:
+    decay, grow, hybrid = report.rows
+    assert [row.updates for row in report.rows] == [3000, 1500, 1560]
+    assert [row.baseline_updates for row in report.rows] == [3000] * 3
+    assert decay.difference is None
+    assert grow.difference == pytest.approx(grow.final_mean - decay.final_mean)
+    assert hybrid.final_low <= hybrid.final_mean <= hybrid.final_high
+    markdown = next(path for path in report.files if path.name == "table.md").read_text().splitlines()
+    assert markdown[0].startswith("| run | seeds | updates | of plain decay | samples | final accuracy |")
+    assert "| grow-batch | 1, 2, 3 | 1 500 | 50.0% | 384 000 | 9" in markdown[3]
+    rows = json.loads(next(path for path in report.files if path.name == "table.json").read_text())
+    assert [row["label"] for row in rows] == ["decay-lr", "grow-batch", "hybrid"]
+
+
+def test_one_run_without_evaluations_that_was_cut_off_is_drawn_too(make_run: MakeRun, tmp_path: Path) -> None:
+    whole = make_run(tmp_path / "whole", "grow-batch", 1)
+    with RunDirectory.create(tmp_path / "cut", {"name": "cut"}) as run:
+        for record in list(read_metrics(whole))[:700]:
+            run.record(record | {"learning_rate": 0.0 if record["update"] < 5 else 0.1})
+    report = write_report([tmp_path / "cut"], tmp_path / "report")
+    (row,) = report.rows
+    assert (row.metric, row.baseline_updates, row.difference, row.updates) == (None, None, None, 700)
+    assert {path.stem for path in report.files} == {"schedule", "noise", "loss", "overview", "table"}
+    assert "| cut | - | 700 | - | 89 600 | - | - | - |" in (tmp_path / "report" / "table.md").read_text()
+
+
+def test_another_metric_may_be_asked_for(nine_runs: Path, tmp_path: Path) -> None:
+    report = write_report([nine_runs / "hybrid-1"], tmp_path, metric="loss")
+    assert report.rows[0].metric == "loss"
+    with pytest.raises(UnknownName, match="Did you mean 'accuracy'"):
+        write_report([nine_runs / "hybrid-1"], tmp_path, metric="acuracy")
+
+
+def test_without_matplotlib_the_error_names_the_extra(
+    nine_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "elastic_batch.report.figures", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ElasticBatchError, match=r"pip install 'elastic-batch\[report\]'"):
+        write_report([nine_runs], tmp_path)
