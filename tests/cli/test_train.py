@@ -1,0 +1,179 @@
+"""`elastic-batch train`: runs, their ends, resumption, signals, several workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic_batch.cli.main import EXIT_RESUMABLE, main
+
+SMALL = [
+    "--max-duration",
+    "256sp",
+    "--set",
+    "schedule.milestones=[64sp, 128sp]",
+    "--set",
+    "model.args={width: 2}",
+    "--set",
+    "checkpoint.every=64sp",
+]
+
+
+def train(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> tuple[str, str]:
+    assert main(["train", "digits", *arguments], {}) == code
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_ends_with_accuracy_updates_saved_and_where_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, err = train(capsys, *SMALL, "--run-dir", str(tmp_path / "run"))
+    assert "test accuracy 0." in out
+    assert "4 updates; plain decay needs 8 (50% saved)" in out
+    assert str(tmp_path / "run") in out
+    assert "batch norms became ghost batch norms" in err
+    assert {"job.yaml", "metrics.jsonl", "ledger.jsonl", "checkpoints", "summary.json"} <= set(
+        os.listdir(tmp_path / "run")
+    )
+
+
+def test_for_programs_it_ends_with_a_json_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = train(
+        capsys, *SMALL, "--run-dir", str(tmp_path / "run"), "--strategy", "decay-lr", "--seed", "4", "--json"
+    )
+    summary = json.loads(out)
+    assert (summary["updates"], summary["baseline_updates"], summary["seed"]) == (8, 8, 4)
+    assert (summary["strategy"], summary["finished"]) == ("decay-lr", True)
+    assert summary["metrics"].keys() == {"loss", "accuracy"}
+
+
+def test_the_run_directory_is_named_after_job_and_strategy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(capsys, *SMALL)
+    train(capsys, *SMALL, "--strategy", "hybrid")
+    assert sorted(os.listdir(tmp_path / "runs")) == ["digits", "digits-hybrid"]
+
+
+def test_evaluations_come_at_their_interval_and_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(capsys, *SMALL, "--run-dir", str(tmp_path), "--set", "evaluation.every=96sp")
+    positions = [line["position"] for line in lines(tmp_path) if line["kind"] == "evaluation"]
+    assert positions == [128, 256]
+    train(capsys, *SMALL, "--run-dir", str(tmp_path / "end"), "--set", "evaluation.every=null")
+    assert [line["position"] for line in lines(tmp_path / "end") if line["kind"] == "evaluation"] == [256]
+
+
+def test_a_used_run_directory_is_refused_and_resumed_when_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*SMALL, "--run-dir", str(tmp_path / "run")]
+    train(capsys, *arguments)
+    _, err = train(capsys, *arguments, code=1)
+    assert "already holds a run" in err
+    out, _ = train(capsys, *arguments, "--resume", "auto")
+    assert "test accuracy" in out
+
+
+def test_a_finished_run_can_be_prolonged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*SMALL, "--run-dir", str(tmp_path / "run"), "--json"]
+    train(capsys, *arguments)
+    out, _ = train(capsys, *arguments, "--resume", "auto", "--max-duration", "384sp")
+    assert json.loads(out)["samples"] == 384
+
+
+def test_another_job_is_not_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*SMALL, "--run-dir", str(tmp_path / "run")]
+    train(capsys, *arguments)
+    _, err = train(capsys, *arguments, "--resume", "auto", "--seed", "7", code=1)
+    assert "seed: 0 there, 7 now" in err
+
+
+def test_a_job_that_cannot_run_fails_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, err = train(capsys, "--run-dir", str(tmp_path / "run"), "--set", "schedule.global_batch_size=48", code=2)
+    assert "multiple of micro_batch_size" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_data_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["train", "fashion-mnist", "--set", f"data.root={tmp_path}", "--run-dir", str(tmp_path / "run")], {}) == 1
+    )
+    assert "dataset-fashion-mnist" in capsys.readouterr().err
+
+
+def test_an_unknown_logger_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    _, err = train(capsys, "--log", "tensorbord", code=2)
+    assert "Did you mean 'tensorboard'?" in err
+
+
+def wait_for_updates(run_dir: Path, process: subprocess.Popen[str], number: int) -> None:
+    deadline = time.monotonic() + 90
+    while not (run_dir / "ledger.jsonl").is_file() or (run_dir / "ledger.jsonl").read_bytes().count(b"\n") < number:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_signal_stops_after_an_update_and_the_printed_command_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    job = ["train", "digits", "--set", "model.args={width: 2}", "--set", "schedule.milestones=[]"]
+    arguments = [*job, "--run-dir", str(run_dir), "--max-duration", "999ep"]
+    command = [sys.executable, "-m", "elastic_batch", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_updates(run_dir, process, 3)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == EXIT_RESUMABLE, err
+    stopped = json.loads((run_dir / "summary.json").read_text())["updates"]
+    assert f"Stopped after update {stopped} (SIGTERM)" in out
+    printed = shlex.split(out.splitlines()[-1])
+    assert printed == ["elastic-batch", *job, "--max-duration", "999ep", "--run-dir", str(run_dir), "--resume", "auto"]
+    resumed = [*printed[1:], "--max-duration", f"{32 * (stopped + 2)}sp", "--json"]
+    assert main(resumed, {}) == 0
+    assert json.loads(capsys.readouterr().out)["updates"] == stopped + 2
+    updates = [line["update"] for line in lines(run_dir) if line["kind"] == "update"]
+    assert updates == list(range(1, stopped + 3))
+
+
+def test_two_workers_under_torchrun_train_the_same_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "elastic_batch",
+        "train",
+        "digits",
+    ]
+    arguments = [*SMALL, "--json", "--run-dir"]
+    done = subprocess.run(
+        [*command, *arguments, str(tmp_path / "two")], capture_output=True, text=True, timeout=110, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout)
+    one = json.loads(train(capsys, *arguments, str(tmp_path / "one"))[0])
+    assert (two["updates"], two["samples"]) == (one["updates"], one["samples"])
+    losses = [[line["loss"] for line in lines(tmp_path / run) if line["kind"] == "update"] for run in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert two["metrics"]["loss"] == pytest.approx(one["metrics"]["loss"], rel=1e-2)
