@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from elastic_batch.engines.distributed import DistributedEngine
+from elastic_batch.engines.launchers import LaunchedWorld, launched_world
 from elastic_batch.engines.protocol import Engine, FixedWorld, Handle, Membership, Wishes
 from elastic_batch.engines.solo import SoloEngine
 
@@ -16,6 +17,7 @@ __all__ = [
     "Engine",
     "FixedWorld",
     "Handle",
+    "LaunchedWorld",
     "Membership",
     "SoloEngine",
     "Wishes",
@@ -33,6 +35,7 @@ def open_membership(device: torch.device, environ: Mapping[str, str] = os.enviro
     Raises:
         WorldBroken: The other workers did not come.
     """
-    if int(environ.get("WORLD_SIZE", "1")) > 1 or torch.distributed.is_initialized():
-        return FixedWorld(DistributedEngine.from_environment(device))
+    world = launched_world(environ)
+    if world is not None or torch.distributed.is_initialized():
+        return FixedWorld(DistributedEngine.join(world, device))
     return FixedWorld(SoloEngine())

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from elastic_batch.engines.launchers import LaunchedWorld
 from elastic_batch.engines.protocol import Handle
 from elastic_batch.errors import WorldBroken
 
@@ -40,11 +41,15 @@ class DistributedEngine:
         self.size = group.size()
 
     @classmethod
-    def from_environment(cls, device: torch.device, *, timeout: timedelta = DEFAULT_TIMEOUT) -> DistributedEngine:
-        """Join the world that a launcher's environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+    def join(
+        cls, world: LaunchedWorld | None, device: torch.device, *, timeout: timedelta = DEFAULT_TIMEOUT
+    ) -> DistributedEngine:
+        """Join the world that a launcher describes. Blocks until every worker is here and all are connected.
 
-        A default process group that the script has made already is used as it is. Blocks until every worker is here;
-        the connections between all of them stand when it returns.
+        Args:
+            world: What the launcher says; None where the script has made torch's default process group itself.
+            device: Where the model lives: NCCL for CUDA, else gloo.
+            timeout: How long to wait for the others, here and in each collective.
 
         Raises:
             WorldBroken: The others did not come within `timeout`.
@@ -53,8 +58,15 @@ class DistributedEngine:
         before = _open_sockets()
         try:
             if not dist.is_initialized():
-                device_id = device if backend == "nccl" else None
-                dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+                assert world is not None
+                dist.init_process_group(
+                    backend,
+                    init_method=world.init_method,
+                    rank=world.rank,
+                    world_size=world.size,
+                    timeout=timeout,
+                    device_id=device if backend == "nccl" else None,
+                )
             group = dist.new_group(backend=backend, timeout=timeout)
             assert isinstance(group, dist.ProcessGroup)
             dist.all_reduce(torch.zeros(1, device=device), group=group)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from elastic_batch.data import to_device
+from elastic_batch.data import WorkerInit, to_device
 from elastic_batch.engines import Engine
 from elastic_batch.errors import MisusedTrainer, UpdateFailed
 from elastic_batch.shares import share
@@ -65,6 +65,9 @@ def evaluate(
         batch_size=batch_size,
         collate_fn=collate_fn,
         num_workers=num_workers,
+        worker_init_fn=WorkerInit.here() if num_workers else None,
+        # A generator of its own: the global one is the user's, and must not move.
+        generator=torch.Generator(),
     )
     totals: dict[str, Tensor] = {}
     error: Exception | None = None
