@@ -14,7 +14,7 @@ from elastic_batch.data import WorkerInit, to_device
 from elastic_batch.engines import Engine
 from elastic_batch.errors import MisusedTrainer, UpdateFailed
 from elastic_batch.shares import share
-from elastic_batch.trainer.failures import exchange, judge
+from elastic_batch.trainer.failures import exchange, judge, texts
 
 Pair = tuple[Tensor | float, Tensor | float]
 Measure = Callable[[nn.Module, Any], Pair | Mapping[str, Pair]]
@@ -86,7 +86,7 @@ def _total(
 ) -> dict[str, float]:
     failures = exchange(engine, judge(error, 1) if error else None, device)
     if failures:
-        raise UpdateFailed("the evaluation", {rank: failure.text for rank, failure in failures.items()}) from error
+        raise UpdateFailed("the evaluation", texts(failures)) from error
     if not totals:
         raise MisusedTrainer("the data set to evaluate on is empty")
     summed = torch.stack(list(totals.values()))  # (name, sum and weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -77,6 +78,11 @@ def exchange(engine: Engine, failure: Failure | None, device: torch.device) -> d
     table = table.to(device)
     engine.all_reduce(table).wait()
     return {rank: _decode(row) for rank, row in enumerate(table.cpu()) if row[0]}
+
+
+def texts(failures: Mapping[int, Failure]) -> dict[int, str]:
+    """Rank -> the failure's line."""
+    return {rank: failure.text for rank, failure in failures.items()}
 
 
 def _encode(failure: Failure) -> Tensor:

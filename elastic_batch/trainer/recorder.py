@@ -154,19 +154,20 @@ class Recorder:
         if self._saver is not None and self._saver.is_due(before, position):
             self._checkpoint(collect, position, num_updates)
 
-    def finish(self, collect: Collect, position: int, num_updates: int, reason: str | None) -> None:
+    def finish(self, collect: Collect | None, position: int, num_updates: int, reason: str | None) -> None:
         """The loop over the updates ended: save the last state and the summary.
 
         Args:
-            collect: Gives the state.
+            collect: Gives the state; None if there is none that belongs to the position.
             position: Samples committed.
             num_updates: Updates committed.
             reason: Why it ended before the schedule did; None if it did not.
         """
         if self._outlets is None:
             return
-        if position and self._saver is not None:
-            self._checkpoint(collect, position, num_updates)
+        if self._saver is not None:
+            if position and collect is not None:
+                self._checkpoint(collect, position, num_updates)
             self._saver.wait()
         finished = position >= self._schedule.end
         self._ending = {

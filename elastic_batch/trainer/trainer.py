@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from elastic_batch.checkpoint import Checkpoint
 from elastic_batch.data import count_samples
 from elastic_batch.engines import Engine, Membership, open_membership
-from elastic_batch.errors import ElasticBatchError, MisusedTrainer, UpdateFailed, WorldBroken
+from elastic_batch.errors import ElasticBatchError, MisusedTrainer, UpdateFailed, WorkersDiverged, WorldBroken
 from elastic_batch.ghost import RunningStatistics
 from elastic_batch.gradients import GradientBuckets
 from elastic_batch.schedule import ScheduleContext, ScheduleSpec
@@ -28,10 +28,11 @@ from elastic_batch.trainer.assembly import (
     refuse_wrapped,
 )
 from elastic_batch.trainer.evaluation import Measure, evaluate
-from elastic_batch.trainer.failures import Severity, exchange, judge
+from elastic_batch.trainer.failures import Severity, exchange, judge, texts
 from elastic_batch.trainer.header import Tally
 from elastic_batch.trainer.options import TrainerOptions
-from elastic_batch.trainer.plan import UpdatePlan, forecast, plan_update
+from elastic_batch.trainer.phase_log import PhaseLog
+from elastic_batch.trainer.plan import forecast, plan_update
 from elastic_batch.trainer.precision import LossScaler, autocast
 from elastic_batch.trainer.recorder import Recorder
 from elastic_batch.trainer.saving import SavedState, Stateful, find_checkpoint
@@ -110,7 +111,7 @@ class Trainer:
         self._stop_wanted: str | None = None
         self._failed_update: int | None = None
         self._mean_unchecked = self.options.check_loss
-        self._shown: tuple[object, ...] | None = None
+        self._phase_log = PhaseLog(self.schedule.rule, self.options.spares)
 
     @property
     def finished(self) -> bool:
@@ -159,6 +160,7 @@ class Trainer:
         """
         machinery = self._begin()
         self._restart_source(machinery)
+        self.stop_reason = None
         with stopping_on_signals(self.stop):
             try:
                 while not self.finished and self.stop_reason is None:
@@ -169,7 +171,8 @@ class Trainer:
                 self.stop_reason = "the loop over the updates was left"
                 raise
             finally:
-                self._recorder.finish(self._state.collect, self.position, self.num_updates, self.stop_reason)
+                collect = self._state.collect if machinery.is_whole else None
+                self._recorder.finish(collect, self.position, self.num_updates, self.stop_reason)
 
     def __iter__(self) -> Iterator[Update]:
         """Run update after update with `loss_fn` and yield each when it has committed.
@@ -279,13 +282,13 @@ class Trainer:
                 self.position, self.num_updates = checkpoint.manifest.position, checkpoint.manifest.update
             if engine.rank == 0:
                 self._recorder.open(engine.generation)
-        except ElasticBatchError as caught:
+        except (ElasticBatchError, OSError) as caught:
             error = caught
         failures = exchange(engine, judge(error, 1) if error else None, self._device)
         if error is not None:
             raise error
         if failures:
-            raise UpdateFailed("the start", {rank: failure.text for rank, failure in failures.items()})
+            raise UpdateFailed("the start", texts(failures))
         agree_on_position(engine, self.position, self._device)
         if checkpoint is None:
             agree_on_model(engine, self._plain_model)
@@ -297,7 +300,7 @@ class Trainer:
     def _open(self, machinery: Machinery) -> Update:
         self._optimizer.check()
         plan = plan_update(self.schedule, self.num_updates, self.position)
-        self._show_phase(plan, machinery.engine.size)
+        self._phase_log.show(plan, machinery.engine.size)
         self._recorder.begin_update()
         requests = plan.passes(rank=machinery.engine.rank, size=machinery.engine.size, width=self._width)
         return Update(plan, requests, machinery, self._on_commit)
@@ -341,14 +344,12 @@ class Trainer:
         """Hear what failed on whom; repeat the update, or stop everywhere with the error."""
         failures = exchange(machinery.engine, update.failure, self._device)
         worst = max(failure.severity for failure in failures.values())
-        again = self._failed_update == update.index
-        if worst is Severity.FINAL or (worst is Severity.ONCE and again):
+        if worst is Severity.FINAL or (worst is Severity.ONCE and self._failed_update == update.index):
             if isinstance(update.error, MisusedTrainer):
                 raise update.error
-            texts = {rank: failure.text for rank, failure in failures.items()}
-            raise UpdateFailed(f"update {update.index}", texts) from update.error
-        for rank, failure in failures.items():
-            logger.warning("update %d is repeated: worker %d: %s", update.index, rank, failure.text)
+            raise UpdateFailed(f"update {update.index}", texts(failures)) from update.error
+        for rank, text in texts(failures).items():
+            logger.warning("update %d is repeated: worker %d: %s", update.index, rank, text)
         if worst is Severity.ONCE:
             self._failed_update = update.index
         if update.failure is not None and update.failure.severity is Severity.NARROWER:
@@ -359,7 +360,11 @@ class Trainer:
     def _after_commit(self, machinery: Machinery, update: Update) -> None:
         every = self.options.check_every
         if every and self.num_updates % every == 0:
-            require_same_parameters(machinery.engine, self._optimizer.parameters, update.index)
+            try:
+                require_same_parameters(machinery.engine, self._optimizer.parameters, update.index)
+            except WorkersDiverged:
+                machinery.is_whole = False
+                raise
         header = update.committed_header
         if header.stop:
             self.stop_reason = self._stop_wanted or "another worker asked for it"
@@ -382,28 +387,3 @@ class Trainer:
     def _mean_check_due(self) -> bool:
         due, self._mean_unchecked = self._mean_unchecked, False
         return due
-
-    def _show_phase(self, plan: UpdatePlan, world_size: int) -> None:
-        """Log the rule and the values whenever the batch or the momentum changes."""
-        values = plan.values
-        shown = (values.global_batch_size, values.momentum, world_size)
-        if shown == self._shown:
-            return
-        self._shown = shown
-        num_micro_batches = values.global_batch_size // plan.micro_batch_size
-        logger.info(
-            "update %d, position %d: global batch %d (%d micro-batches on %d workers), lr %g, momentum %g, by %s",
-            plan.index,
-            plan.start,
-            values.global_batch_size,
-            num_micro_batches,
-            world_size,
-            values.learning_rate,
-            values.momentum,
-            self.schedule.rule,
-        )
-        idle = world_size - num_micro_batches - self.options.spares
-        if idle > 0:
-            logger.warning(
-                "%d workers have no micro-batch in this phase: they wait for the others at each update", idle
-            )

@@ -63,6 +63,8 @@ class Machinery:
     stop_wanted: Callable[[], bool]
     last_checkpoint: Callable[[], str | None]
     mean_check_due: Callable[[], bool]
+    is_whole: bool = True
+    """False while parameters change: a state that a failure leaves behind then belongs to no position."""
 
 
 class Update:
@@ -300,6 +302,7 @@ class Update:
             what = "the gradient" if finite_loss else "the loss"
             raise NonFinite(what, self.plan.index, machinery.last_checkpoint())
         self.header = header
+        machinery.is_whole = False
         if finite_loss and finite_gradient and header.weight > 0:
             self._apply(header, statistics)
             self.outcome = Outcome.COMMITTED
@@ -307,6 +310,7 @@ class Update:
             self.outcome = Outcome.SKIPPED
         machinery.scaler.record(overflow=overflow)
         self._on_commit(self)
+        machinery.is_whole = True
 
     def _apply(self, header: Header, statistics: Tensor) -> None:
         machinery = self._machinery

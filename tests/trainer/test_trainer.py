@@ -141,6 +141,22 @@ def test_updates_that_are_not_finite_can_be_skipped() -> None:
         assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
 
 
+def test_no_checkpoint_is_made_of_a_half_applied_update(tmp_path: Path) -> None:
+    class Failing(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            self.param_groups[0]["params"][0].data.add_(1)
+            raise MemoryError("no memory for the velocity")
+
+    model = TokenModel(torch.float64)
+    dataset = TOKENS.dataset(torch.float64)
+    trainer = Trainer(
+        model, Failing(model.parameters(), lr=0.1), dataset, training.SCHEDULE, micro_batch_size=4, run_dir=tmp_path
+    )
+    with trainer, pytest.raises(MemoryError):
+        list(_losing_loop(trainer))
+    assert not list((tmp_path / "checkpoints").glob("*.json"))
+
+
 def test_attached_objects_are_saved_and_restored(tmp_path: Path) -> None:
     with _trainer(run_dir=tmp_path / "run") as trainer:
         ema = EMA(trainer.model, horizon=200)
