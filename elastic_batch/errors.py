@@ -54,7 +54,7 @@ class WorldBroken(ElasticBatchError):
         super().__init__(f"the world of generation {generation} is broken: {reason}")
 
 
-class UpdateFailed(ElasticBatchError):
+class WorkerFailed(ElasticBatchError):
     """A failure of one worker that a repetition does not mend; every worker stops with that worker's error.
 
     Args:

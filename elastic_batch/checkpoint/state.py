@@ -30,7 +30,7 @@ class HostMemory:
 
     def lend(self, like: Tensor) -> tuple[_Key, Tensor]:
         """A host tensor shaped like another one, and the key to give it back with."""
-        key = (like.dtype, tuple(like.shape), tuple(like.stride()), like.is_cuda)
+        key = (like.shape, like.stride(), like.dtype, like.is_cuda)
         if self._free[key]:
             return key, self._free[key].pop()
         # Only with pinned memory does a CUDA device copy without the host's help, and many tensors at once.
@@ -58,10 +58,22 @@ class Snapshot:
     def __init__(self, state: Any, memory: HostMemory) -> None:
         self._memory = memory
         self._loans: list[tuple[_Key, Tensor]] = []
-        self._devices: set[torch.device] = set()
-        self.state = _rebuild(state, "state", _once_each(self._copy), frozenset())
+        sources: list[Tensor] = []
+
+        def borrow(source: Tensor) -> Tensor:
+            sources.append(source)
+            self._loans.append(memory.lend(source))
+            return self._loans[-1][1]
+
+        try:
+            self.state = _rebuild(state, "state", _once_each(borrow), frozenset())
+        except UnsavableState:
+            self.release()
+            raise
+        for source, (_, target) in zip(sources, self._loans, strict=True):
+            target.copy_(source, non_blocking=True)
         # The copies out of a device were queued behind its work; from here on they are complete.
-        for device in self._devices:
+        for device in {source.device for source in sources if source.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
 
     def release(self) -> None:
@@ -69,13 +81,6 @@ class Snapshot:
         for key, tensor in self._loans:
             self._memory.take_back(key, tensor)
         self._loans.clear()
-
-    def _copy(self, tensor: Tensor) -> Tensor:
-        key, target = self._memory.lend(tensor)
-        self._loans.append((key, target))
-        if tensor.is_cuda:
-            self._devices.add(tensor.device)
-        return target.copy_(tensor, non_blocking=tensor.is_cuda)
 
 
 def snapshot(state: Any) -> Any:
@@ -115,7 +120,7 @@ def _once_each(copy: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def convert(tensor: Tensor) -> Tensor:
         if tensor.numel() == 0:
             return tensor.cpu().clone()
-        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
         if key not in copies:
             # The source is kept too, so that no other tensor can get its address meanwhile.
             copies[key] = (tensor, copy(tensor))
@@ -135,7 +140,8 @@ def _rebuild(value: Any, path: str, convert: Callable[[Tensor], Tensor], parents
         if value.layout != torch.strided:
             raise UnsavableState(path, f"a tensor with the layout {value.layout}; make it dense with to_dense()")
         # Detached: a new object without hooks, attributes and history, over the same memory.
-        return convert(value.detach().resolve_conj().resolve_neg())
+        plain = value.detach()
+        return convert(plain.resolve_conj() if plain.is_complex() else plain)
     if id(value) in parents:
         raise UnsavableState(path, "a container that holds itself")
     inside = parents | {id(value)}

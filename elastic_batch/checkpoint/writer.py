@@ -78,10 +78,11 @@ class CheckpointWriter:
         Raises:
             UnsavableState: Something in the state could not be read back without running code.
         """
-        check_state(state)
         with self._changed:
-            # Its memory is what the new copy goes to.
-            self._drop_waiting()
+            if self._waiting is not None:
+                # Its memory is what the new copy goes to; so it goes, unless the new state cannot be saved anyway.
+                check_state(state)
+                self._drop_waiting()
             snapshot = Snapshot(state, self._memory)
         return self._enqueue(_Job(snapshot.state, info, Future(), snapshot))
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from elastic_batch.data import WorkerInit, to_device
 from elastic_batch.engines import Engine
-from elastic_batch.errors import MisusedTrainer, UpdateFailed
+from elastic_batch.errors import MisusedTrainer, WorkerFailed
 from elastic_batch.shares import share
 from elastic_batch.trainer.failures import exchange, judge, texts
 
@@ -54,7 +54,7 @@ def evaluate(
         Name -> sum of sums / sum of weights; the name is `value` where `measure` gives a single pair.
 
     Raises:
-        UpdateFailed: `measure` or the data failed on some worker; every worker raises it.
+        WorkerFailed: `measure` or the data failed on some worker; every worker raises it.
         WorldBroken: The world broke meanwhile.
     """
     num_samples = len(cast(Sized, dataset))
@@ -86,7 +86,7 @@ def _total(
 ) -> dict[str, float]:
     failures = exchange(engine, judge(error, 1) if error else None, device)
     if failures:
-        raise UpdateFailed("the evaluation", texts(failures)) from error
+        raise WorkerFailed("the evaluation", texts(failures)) from error
     if not totals:
         raise MisusedTrainer("the data set to evaluate on is empty")
     summed = torch.stack(list(totals.values()))  # (name, sum and weight)

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from elastic_batch.checkpoint import Checkpoint
 from elastic_batch.data import count_samples
 from elastic_batch.engines import Engine, Membership, open_membership
-from elastic_batch.errors import ElasticBatchError, MisusedTrainer, UpdateFailed, WorkersDiverged, WorldBroken
+from elastic_batch.errors import ElasticBatchError, MisusedTrainer, WorkerFailed, WorkersDiverged, WorldBroken
 from elastic_batch.ghost import RunningStatistics
 from elastic_batch.gradients import GradientBuckets
 from elastic_batch.schedule import ScheduleContext, ScheduleSpec
@@ -154,7 +154,7 @@ class Trainer:
         Raises:
             MisusedTrainer: User code broke a rule; the message says which.
             NonFinite: Loss or gradient is not finite.
-            UpdateFailed: A worker failed twice at the same update.
+            WorkerFailed: A worker failed twice at the same update.
             WorkersDiverged: The workers' parameters differ.
             WorldBroken: A worker was lost and there is no next world.
         """
@@ -199,7 +199,7 @@ class Trainer:
             A float for a pair, a dict of floats for a dict.
 
         Raises:
-            UpdateFailed: `measure` or the data failed on some worker; every worker raises it.
+            WorkerFailed: `measure` or the data failed on some worker; every worker raises it.
             WorldBroken: A worker was lost and there is no next world.
         """
         machinery = self._begin()
@@ -288,7 +288,7 @@ class Trainer:
         if error is not None:
             raise error
         if failures:
-            raise UpdateFailed("the start", texts(failures))
+            raise WorkerFailed("the start", texts(failures))
         agree_on_position(engine, self.position, self._device)
         if checkpoint is None:
             agree_on_model(engine, self._plain_model)
@@ -347,7 +347,7 @@ class Trainer:
         if worst is Severity.FINAL or (worst is Severity.ONCE and self._failed_update == update.index):
             if isinstance(update.error, MisusedTrainer):
                 raise update.error
-            raise UpdateFailed(f"update {update.index}", texts(failures)) from update.error
+            raise WorkerFailed(f"update {update.index}", texts(failures)) from update.error
         for rank, text in texts(failures).items():
             logger.warning("update %d is repeated: worker %d: %s", update.index, rank, text)
         if worst is Severity.ONCE:

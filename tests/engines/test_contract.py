@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from support import engine_contract as contract
-from support.worlds import WorkerFailed, run_world
+from support.worlds import WorldFailed, run_world
 
 from elastic_batch.engines import SoloEngine
 
@@ -69,5 +69,5 @@ def test_close_does_not_wait_for_the_others(run: Run, size: int) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_dead_peer_breaks_the_world_of_the_others(size: int) -> None:
     # The message that run_world raises has only the dead worker in it: all others returned.
-    with pytest.raises(WorkerFailed, match=f"^worker {size - 1}: died without a word$"):
+    with pytest.raises(WorldFailed, match=f"^worker {size - 1}: died without a word$"):
         run_world(size, contract.lose_a_peer, timeout_seconds=30)

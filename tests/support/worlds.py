@@ -27,7 +27,7 @@ _context.set_forkserver_preload(
 )
 
 
-class WorkerFailed(AssertionError):
+class WorldFailed(AssertionError):
     """A worker raised; the message has its traceback."""
 
 
@@ -37,7 +37,7 @@ def run_world(size: int, work: Callable[..., Any], *args: Any, timeout_seconds: 
     `work` must be importable (defined in `support`) and its result picklable. All processes are gone at the end.
 
     Raises:
-        WorkerFailed: One of them raised, died, or the time ran out.
+        WorldFailed: One of them raised, died, or the time ran out.
     """
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
@@ -66,7 +66,7 @@ def _collect(pipes: list[Connection], timeout_seconds: float) -> list[Any]:
     while open_pipes:
         ready = wait(list(open_pipes.values()), timeout_seconds)
         if not ready:
-            raise WorkerFailed(f"workers {sorted(open_pipes)} did not end within {timeout_seconds} s")
+            raise WorldFailed(f"workers {sorted(open_pipes)} did not end within {timeout_seconds} s")
         for rank, pipe in list(open_pipes.items()):
             if pipe not in ready:
                 continue
@@ -79,7 +79,7 @@ def _collect(pipes: list[Connection], timeout_seconds: float) -> list[Any]:
             (results if succeeded else failures)[rank] = value
             pipe.close()
     if failures:
-        raise WorkerFailed("\n".join(f"worker {rank}: {text}" for rank, text in sorted(failures.items())))
+        raise WorldFailed("\n".join(f"worker {rank}: {text}" for rank, text in sorted(failures.items())))
     return [results[rank] for rank in range(len(pipes))]
 
 

@@ -23,7 +23,7 @@ from support.training import (
 from support.worlds import run_world
 
 from elastic_batch.engines import FixedWorld, SoloEngine
-from elastic_batch.errors import UpdateFailed
+from elastic_batch.errors import WorkerFailed
 
 _SHORT = Plan(IMAGES, num_updates=4, options={"check_loss": False, "check_every": 2})
 _MICRO_BATCHES = 4 * 4
@@ -100,7 +100,7 @@ def test_no_memory_even_for_one_micro_batch_says_what_to_do() -> None:
     job = troubled(IMAGES, ScriptedTrouble(torch.OutOfMemoryError("2 GiB"), frozenset(range(3, 99))), "loss")
     with (
         make_trainer(Plan(job), FixedWorld(SoloEngine())) as trainer,
-        pytest.raises(UpdateFailed, match="even|single micro-batch in a pass; lower micro_batch_size"),
+        pytest.raises(WorkerFailed, match="even|single micro-batch in a pass; lower micro_batch_size"),
     ):
         run(trainer, Plan(job))
 
