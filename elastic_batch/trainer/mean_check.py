@@ -67,9 +67,9 @@ class MeanCheck:
         if abs(whole - mean) > _TOLERANCE * max(abs(whole), abs(mean), abs(first - second), 1e-6):
             raise MisusedTrainer(
                 f"the loss over a micro-batch is {whole:.6g}, but its halves' mean is {mean:.6g}: it is not a mean "
-                "over samples (ignore_index, class weights or negatives from the batch do that). Give a sum and its weight: "
-                "update.backward(loss_sum, weight=...), or (loss_sum, weight) from loss_fn. To keep the loss as it is, "
-                "pass check_loss=False"
+                "over samples (ignore_index, class weights or negatives from the batch do that). Give a sum and its "
+                "weight: update.backward(loss_sum, weight=...), or (loss_sum, weight) from loss_fn. To keep the loss "
+                "as it is, pass check_loss=False"
             )
 
 

@@ -27,11 +27,11 @@ class PlainGhostNorm(nn.BatchNorm2d):
         self.means: list[Tensor] = []
         self.variances: list[Tensor] = []
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         if not self.training:
-            return super().forward(input)
+            return super().forward(images)
         outputs = []
-        for ghost in input.split(jobs.GHOST):
+        for ghost in images.split(jobs.GHOST):
             self.means.append(ghost.detach().mean(dim=(0, 2, 3)))
             self.variances.append(ghost.detach().var(dim=(0, 2, 3), unbiased=True))
             outputs.append(F.batch_norm(ghost, None, None, self.weight, self.bias, training=True, eps=self.eps))

@@ -115,14 +115,19 @@ def test_a_signal_ends_the_run_after_the_update_with_a_checkpoint(number: signal
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_update_and_checkpoint(tmp_path: Path) -> None:
     with _trainer(run_dir=tmp_path / "run", checkpoint_every="100sp", check_loss=False) as trainer:
         before: dict[str, torch.Tensor] = {}
-        with pytest.raises(NonFinite, match=r"the loss of update 14 .* last good checkpoint is 0*208-g0-"):
+
+        def train_into_the_error() -> None:
             for update in trainer.updates():
-                before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+                before.update({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
                 for batch in update:
                     loss, weight = TOKENS.loss_fn(trainer.model, batch)
                     update.backward(loss * (math.nan if update.index == 14 else 1), weight)
                 update.step()
-                trainer._recorder._saver.wait()  # type: ignore[union-attr]  # so that the checkpoint's name is known
+                assert trainer._recorder._saver is not None
+                trainer._recorder._saver.wait()  # so that the checkpoint's name is known
+
+        with pytest.raises(NonFinite, match=r"the loss of update 14 .* last good checkpoint is 0*208-g0-"):
+            train_into_the_error()
         assert largest_difference(trainer.model.state_dict(), before) == 0
 
 
