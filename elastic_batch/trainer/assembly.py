@@ -98,6 +98,7 @@ def fingerprint(options: TrainerOptions, schedule: Schedule, optimizer: Optimize
         "optimizer": {"name": type(optimizer).__name__, "groups": groups},
         "ghost_batch_size": options.ghost_batch_size or options.micro_batch_size,
         **{name: getattr(options, name) for name in settings},
+        **({"job": options.trajectory} if options.trajectory else {}),
     }
 
 

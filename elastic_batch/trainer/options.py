@@ -39,6 +39,8 @@ class TrainerOptions:
     """What records and metrics call the run."""
     job: dict[str, Any] | None = None
     """The job as resolved, for the run directory; None: these options."""
+    trajectory: dict[str, Any] | None = None
+    """What else alters the trajectory (data, model, loss), in plain values; a run is resumed only where it is equal."""
     precision: Precision = "float32"
     """`float32` computes in the model's own format; `bf16` and `fp16` run the forward under autocast."""
     compile: bool = False

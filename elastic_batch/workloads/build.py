@@ -129,6 +129,7 @@ def _trainer_options(job: Job) -> dict[str, Any]:
     return {
         **{field: getattr(job, field) for field in same},
         "job": job.dump(),
+        "trajectory": {part: known for part, known in job.fingerprint().items() if part in _TRAINERS_BLIND_SPOTS},
         "checkpoint_every": str(job.checkpoint.every),
         "checkpoint_location": job.checkpoint.location,
         "keep": job.checkpoint.keep,
@@ -151,6 +152,8 @@ def _load_weights(model: nn.Module, place: str) -> None:
         raise InvalidSetting("--init-from", place, f"does not fit the model: {error}") from error
 
 
+_TRAINERS_BLIND_SPOTS = ("data", "model", "loss", "schedule")
+"""Sections of a job that the trainer sees only as objects, and cannot name the differences of."""
 _LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 

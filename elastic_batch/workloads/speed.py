@@ -26,6 +26,8 @@ from elastic_batch.workloads.step_times import StepTimes
 _WIDTHS = (1, 2, 4, 8, 16)
 _SECONDS_PER_WIDTH = 2.0
 _LEAST_REPETITIONS = 3
+_SECONDS_IN_ALL = 30.0
+"""No wider pass is tried after this long: a plan should not take minutes."""
 
 
 def measure_steps(job: Job, *, max_width: int) -> StepTimes:
@@ -48,7 +50,10 @@ def measure_steps(job: Job, *, max_width: int) -> StepTimes:
     model.train()
     loss_fn, optimizer = build_loss(job.loss), build_optimizer(job.optimizer, model)
     seconds: dict[int, float] = {}
+    end = time.perf_counter() + _SECONDS_IN_ALL
     for width in _WIDTHS:
+        if width > 1 and time.perf_counter() > end:
+            break
         batch = _make_batch(job, width * job.micro_batch_size, device)
         run_pass = partial(_run_pass, job, model, loss_fn, batch)
         if width > max_width or (width > 1 and _draws_at_random(model, loss_fn, batch)):

@@ -101,6 +101,11 @@ def test_another_job_is_not_resumed(tmp_path: Path, capsys: pytest.CaptureFixtur
     train(capsys, *arguments)
     _, err = train(capsys, *arguments, "--resume", "auto", "--seed", "7", code=1)
     assert "seed: 0 there, 7 now" in err
+    _, err = train(capsys, *arguments, "--resume", "auto", "--set", "model.args={width: 3}", code=1)
+    assert "job.model.args.width: 2 there, 3 now" in err
+    milestones = ("--set", "schedule.milestones=[64sp, 160sp]")
+    _, err = train(capsys, *arguments, "--resume", "auto", *milestones, code=1)
+    assert "job.schedule.milestones: ['64sp', '128sp'] there, ['64sp', '160sp'] now" in err
 
 
 def test_a_job_that_cannot_run_fails_before_anything_is_made(
