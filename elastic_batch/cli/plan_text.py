@@ -41,7 +41,7 @@ def print_plan(planned: JobPlan, numbers_of_workers: Sequence[int], times: StepT
     _print_chart(console, planned)
     console.print(_workers(planned, numbers_of_workers, times))
     for line in _verdict(planned, times):
-        console.print(line)
+        console.print(line, soft_wrap=True)
 
 
 _FORMS = {"linear": "lr N / (B (1 - m))", "exact": "lr (N / B - 1) / (1 - m)"}

@@ -118,4 +118,5 @@ def _wait(device: torch.device) -> None:
 def _describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} with {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    return f"{platform.machine()} with {count} thread{'s' if count > 1 else ''}"

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from elastic_batch.cli.main import EXIT_RESUMABLE, main
+from elastic_batch.job import load_job
 
 SMALL = [
     "--max-duration",
@@ -49,6 +50,12 @@ def test_a_run_ends_with_accuracy_updates_saved_and_where_it_is(
     assert {"job.yaml", "metrics.jsonl", "ledger.jsonl", "checkpoints", "summary.json"} <= set(
         os.listdir(tmp_path / "run")
     )
+
+
+def test_the_job_as_resolved_is_itself_a_job_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(capsys, *SMALL, "--run-dir", str(tmp_path / "run"), "--seed", "3")
+    job = load_job(tmp_path / "run" / "job.yaml")
+    assert (job.seed, str(job.schedule.max_duration), job.model.args) == (3, "256sp", {"width": 2})
 
 
 def test_for_programs_it_ends_with_a_json_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
