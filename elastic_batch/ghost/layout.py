@@ -1,0 +1,86 @@
+"""What the kernels of ghost batch norm share: results, memory formats, cutting, the native kernels themselves.
+
+Shapes: N rows of the batch, C channels, k ghosts of N / k rows, P positions of a row (1 for a 2-d input).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# The overloads themselves: finding them anew costs more than some of the calls.
+native_forward = torch.ops.aten.native_batch_norm.out
+native_backward = torch.ops.aten.native_batch_norm_backward.default
+
+# Ghosts of together this size are handled at once: few small operations for small ghosts, and what was read once is
+# still in the cache.
+_GROUP_BYTES = 8 * 1024**2
+# The backward passes write their result in two steps, piece by piece.
+_PIECE_BYTES = 1024**2
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+class Normalized(NamedTuple):
+    """Result of a forward pass; the statistics are float32, or float64 for float64 inputs."""
+
+    output: Tensor
+    moments: Tensor  # [k, 2, C]: mean and unbiased variance
+    invstd: Tensor  # [k, C]: 1 / sqrt(biased variance + eps)
+
+
+class Gradients(NamedTuple):
+    """Result of a backward pass."""
+
+    input: Tensor | None
+    weight: Tensor  # [C]
+    bias: Tensor  # [C]
+
+
+def dense(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """The tensor, copied if need be so that rows follow each other in memory: contiguous or channels last.
+
+    Args:
+        tensor: [N, C, ...].
+        like: A dense tensor whose memory format is wanted; without it the tensor's own, where it has one.
+    """
+    channels_last = _CHANNELS_LAST.get(tensor.dim())
+    if channels_last is not None and (tensor if like is None else like).is_contiguous(memory_format=channels_last):
+        return tensor.contiguous(memory_format=channels_last)
+    return tensor.contiguous()
+
+
+def channels_are_innermost(x: Tensor) -> bool:
+    """Whether the channels of one position are neighbours in memory."""
+    channels_last = _CHANNELS_LAST.get(x.dim())
+    return x.dim() == 2 or (channels_last is not None and x.is_contiguous(memory_format=channels_last))
+
+
+def sums_of_products(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Per channel: (sum of grad * (x - mean) * invstd, sum of grad), by the native backward pass."""
+    mask = [False, True, True]  # no gradient of the input
+    _, products, total = native_backward(grad, x, None, None, None, mean, invstd, True, 0.0, mask)
+    return products, total
+
+
+def num_bytes(tensor: Tensor) -> int:
+    """Size in memory."""
+    return tensor.numel() * tensor.element_size()
+
+
+def groups(num_ghosts: int, ghost_bytes: int) -> Iterator[slice]:
+    """Which ghosts to handle at once.
+
+    >>> list(groups(5, 4 * 1024**2))
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    size = max(1, _GROUP_BYTES // max(1, ghost_bytes))
+    for start in range(0, num_ghosts, size):
+        yield slice(start, min(start + size, num_ghosts))
+
+
+def num_pieces(ghost_bytes: int) -> int:
+    """Into how many pieces to cut a ghost, so that the second step of writing a piece finds it in the cache."""
+    return max(1, ghost_bytes // _PIECE_BYTES)

@@ -1,0 +1,78 @@
+"""Ghost batch norm on the CPU for inputs whose channels are planes in memory ([N, C, P], contiguous)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from elastic_batch.ghost.layout import (
+    Gradients,
+    Normalized,
+    groups,
+    native_forward,
+    num_bytes,
+    num_pieces,
+    sums_of_products,
+)
+
+
+def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, num_ghosts: int, eps: float) -> Normalized:
+    """As `native.normalize`, in half the time: the native statistics are slow here, the backward pass's sums are not.
+
+    Each ghost is shifted by the mean of its first row, which is never further from the ghost's mean than
+    sqrt(rows - 1) standard deviations, so the sums of squares of what is left lose no accuracy.
+    """
+    output, channels = torch.empty_like(x), x.size(1)
+    count = x.numel() // (num_ghosts * channels)
+    planes = x.view(num_ghosts, -1, channels, count * num_ghosts // x.size(0))  # [k, rows, C, P]
+    shifted, results = output.view(planes.shape), output.chunk(num_ghosts)
+    shift = planes[:, 0].mean(2)  # [k, C]
+    zeros, ones = x.new_zeros(channels), x.new_ones(channels)
+    moments, invstd = x.new_empty((num_ghosts, 2, channels)), x.new_empty((num_ghosts, channels))
+    for group in groups(num_ghosts, num_bytes(results[0])):
+        torch.sub(planes[group], shift[group, None, :, None], out=shifted[group])
+        found = [row for result in results[group] for row in sums_of_products(result, result, zeros, ones)]
+        squares, offset = torch.stack(found).view(-1, 2, channels).double().div_(count).unbind(1)
+        variance = torch.addcmul(squares, offset, offset, value=-1).clamp_(min=0)
+        torch.add(shift[group], offset, out=moments[group, 0])
+        torch.mul(variance, count / (count - 1), out=moments[group, 1])
+        torch.rsqrt(variance + eps, out=invstd[group])
+        for result, mean, scale in zip(results[group], offset.to(x.dtype), variance.to(x.dtype), strict=True):
+            _evaluate(result, mean, scale, weight, bias, eps, result)
+    return Normalized(output, moments, invstd)
+
+
+def gradients(grad: Tensor, x: Tensor, weight: Tensor | None, normalized: Normalized) -> Gradients:
+    """As `native.gradients`: sums, then input = slope * (x - mean) + offset + scale * grad."""
+    invstd = normalized.invstd
+    num_ghosts, channels = invstd.shape
+    output = torch.empty_like(x)
+    scale = invstd if weight is None else invstd * weight
+    share = scale * (-num_ghosts * channels / x.numel())
+    ones = x.new_ones(channels)
+    grads, ghosts, results = (tensor.chunk(num_ghosts) for tensor in (grad, x, output))
+    means, invstds = normalized.moments[:, 0].unbind(), invstd.unbind()
+    ghost_bytes = num_bytes(ghosts[0])
+    pieces = num_pieces(ghost_bytes)
+    sums = []
+    for group in groups(num_ghosts, ghost_bytes):
+        here = range(group.start, group.stop)
+        found = [row for i in here for row in sums_of_products(grads[i], ghosts[i], means[i], invstds[i])]
+        sums.append(torch.stack(found).view(-1, 2, channels))
+        products, totals = sums[-1].unbind(1)
+        offsets, slopes = (totals * share[group]).unbind(), (products * share[group] * invstd[group]).unbind()
+        for i, slope, offset, factor in zip(here, slopes, offsets, scale[group].unsqueeze(-1), strict=True):
+            cut = (tensor.chunk(pieces) for tensor in (grads[i], ghosts[i], results[i]))
+            for piece_grad, piece, result in zip(*cut, strict=True):
+                _evaluate(piece, means[i], ones, slope, offset, 0.0, result)
+                result.flatten(2).addcmul_(piece_grad.flatten(2), factor)
+    return Gradients(output, *torch.cat(sums).sum(0))
+
+
+def _evaluate(
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, result: Tensor
+) -> None:
+    """(x - mean) / sqrt(variance + eps) * weight + bias into `result`, which may be x."""
+    unused = x.new_empty(0)
+    results = {"out": result, "save_mean": unused, "save_invstd": unused}
+    native_forward(x, weight, bias, mean, variance, False, 0.0, eps, **results)
