@@ -37,8 +37,8 @@ class UpdatePlan:
 
     @property
     def epoch(self) -> int:
-        """The epoch, from 0, in which the update's last sample lies."""
-        return (self.stop - 1) // self.num_samples
+        """The epoch, from 0, of the update's first sample; where the update ends an epoch, the one that it ends."""
+        return self.start // self.num_samples
 
     @property
     def ends_epoch(self) -> bool:

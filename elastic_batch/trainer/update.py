@@ -108,7 +108,7 @@ class Update:
 
     @property
     def epoch(self) -> int:
-        """The epoch, from 0, in which the update's last sample lies."""
+        """The epoch, from 0, of the update's first sample; where the update ends an epoch, the one that it ends."""
         return self.plan.epoch
 
     @property
