@@ -403,6 +403,7 @@ class Trainer:
             batch = machinery.source.next()
             machinery.buckets.begin()
             machinery.statistics.begin()
+            machinery.statistics.samples_per_pass = width * self.options.micro_batch_size
             with autocast(self.options.precision, self._device):
                 loss = loss_fn(self.model, batch)
             with machinery.buckets.accepting():

@@ -154,6 +154,7 @@ class Update:
                     if self.is_settled:
                         return
                 reseed(micro_batch_seed(machinery.seed, request.start, "forward"), machinery.device)
+                machinery.statistics.samples_per_pass = self._num_samples(request)
                 self._awaits_backward = True
                 with autocast(machinery.precision, machinery.device):
                     yield batch
@@ -190,7 +191,7 @@ class Update:
             raise MisusedTrainer("update.backward(loss) belongs inside the loop over the update, once for each batch")
         self._awaits_backward = False
         if weight is None:
-            weight = self._requests[self._num_done].num_micro_batches * self.plan.micro_batch_size
+            weight = self._num_samples(self._requests[self._num_done])
             loss = loss * weight
         try:
             self._accumulate(loss, weight)
@@ -239,6 +240,9 @@ class Update:
         self._commit(header, statistics)
         return True
 
+    def _num_samples(self, request: PassRequest) -> int:
+        return request.num_micro_batches * self.plan.micro_batch_size
+
     def _fetch(self, request: PassRequest) -> Any:
         try:
             return self._machinery.source.next()
@@ -247,8 +251,7 @@ class Update:
             return None
 
     def _check_mean(self, batch: Any, request: PassRequest) -> Iterator[Any]:
-        num_samples = request.num_micro_batches * self.plan.micro_batch_size
-        self._mean_check = MeanCheck(self._machinery.model, batch, num_samples)
+        self._mean_check = MeanCheck(self._machinery.model, batch, self._num_samples(request))
         try:
             yield from self._mean_check.parts()
             self._mean_check.verify()
