@@ -91,8 +91,10 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     except BrokenPipeError:
         # Whoever read the output has seen enough (`| head`); without this Python complains when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except ElasticBatchError as error:
-        click.echo(f"Error: {error}", err=True)
+    except (ElasticBatchError, OSError) as error:
+        # Under a launcher every worker has a message of its own; most are the same, but one host may lack the data.
+        worker = f"worker {invocation.rank}: " if invocation.rank else ""
+        click.echo(f"{worker}Error: {error}", err=True)
         return EXIT_USAGE if isinstance(error, InvalidSetting) else EXIT_FAILED
     else:
         return result if isinstance(result, int) else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,9 @@ def _interval(job: Job, schedule: Any) -> int | None:
 
 def _print_end(summary: dict[str, Any], planned: JobPlan, directory: str, again: str, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(summary, allow_nan=False))
+        # JSON has no word for the loss of a run that diverged.
+        metrics = {name: value if math.isfinite(value) else None for name, value in summary["metrics"].items()}
+        click.echo(json.dumps({**summary, "metrics": metrics}, allow_nan=False))
         return
     updates, baseline = summary["updates"], summary["baseline_updates"]
     if not summary["finished"]:

@@ -60,6 +60,7 @@ def test_a_wrong_command_line_is_one_message_and_exit_code_2(
     [
         (ElasticBatchError("it broke"), 1),
         (InvalidSetting("seed", -1, "must be at least 0"), 2),
+        (PermissionError("cannot write there"), 1),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -72,6 +73,11 @@ def test_errors_become_a_message_and_a_code(
     monkeypatch.setattr(main_module.root, "main", fail)
     assert main([], {}) == code
     assert (str(raised) or "Interrupted") in capsys.readouterr().err
+
+
+def test_the_message_of_another_worker_than_the_first_says_whose_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "none.yaml"], {"RANK": "2"})
+    assert capsys.readouterr().err.startswith("worker 2: Error: job file")
 
 
 @pytest.mark.parametrize("arguments", [["plan", "cifar10-wrn16-4-grow-batch"], ["recipes"], ["schema"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import signal
@@ -15,7 +16,10 @@ from typing import Any
 import pytest
 
 from elastic_batch.cli.main import EXIT_RESUMABLE, main
+from elastic_batch.cli.train import _print_end
 from elastic_batch.job import load_job
+from elastic_batch.workloads.planning import plan_job
+from elastic_batch.workloads.recipe_book import find_job_file
 
 SMALL = [
     "--max-duration",
@@ -66,6 +70,12 @@ def test_for_programs_it_ends_with_a_json_object(tmp_path: Path, capsys: pytest.
     assert (summary["updates"], summary["baseline_updates"], summary["seed"]) == (8, 8, 4)
     assert (summary["strategy"], summary["finished"]) == ("decay-lr", True)
     assert summary["metrics"].keys() == {"loss", "accuracy"}
+
+
+def test_a_run_that_diverged_ends_with_valid_json(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = {"updates": 1, "baseline_updates": 1, "finished": True, "metrics": {"loss": math.nan, "accuracy": 0.1}}
+    _print_end(summary, plan_job(load_job(find_job_file("digits"))), "runs/a", "again", as_json=True)
+    assert json.loads(capsys.readouterr().out)["metrics"] == {"loss": None, "accuracy": 0.1}
 
 
 def test_the_run_directory_is_named_after_job_and_strategy(
