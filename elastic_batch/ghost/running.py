@@ -82,17 +82,17 @@ class RunningStatistics:
                 "sums", tuple(sums.shape), f"must have the shape of this model's sums(), ({self.numel},)"
             )
         sums = sums.to(self._device, torch.float64)
-        counts = sums[self._counts_at]  # one for each norm
+        counts = sums.index_select(0, self._counts_at)  # one for each norm
         trackers = [tracker for norm in self._norms if (tracker := norm._buffers["num_batches_tracked"]) is not None]
         tracked = torch.stack(trackers)
-        cumulative = tracked / (tracked + counts).clamp(min=1)
-        keep = torch.where(self._is_cumulative, cumulative, self._bases**counts)
+        cumulative = tracked.double() / (tracked + counts)
+        keep = torch.where(self._is_cumulative & (counts > 0), cumulative, self._bases**counts)
+        add = (1 - keep) / counts.clamp(min=1)  # a norm that saw no ghosts keeps 1 and adds 0
         # From here on one entry for each running mean and variance of a channel, [sum of 2 C].
-        seen, keep = counts[self._norm_of], keep[self._norm_of]
+        of_running, of_sums = keep.index_select(0, self._norm_of), add.index_select(0, self._norm_of)
         buffers = [buffer for norm in self._norms for buffer in _running(norm)]
         running = torch.cat(buffers).double()
-        merged = keep * running + (1 - keep) * (sums[self._values_at] / seen.clamp(min=1))
-        merged = torch.where(seen > 0, merged, running)
+        merged = torch.addcmul(of_running * running, of_sums, sums.index_select(0, self._values_at))
         torch._foreach_copy_(buffers, merged.split_with_sizes(self._sizes))
         torch._foreach_add_(trackers, counts.long().unbind())
 
