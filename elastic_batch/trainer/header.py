@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,7 +50,9 @@ class Header:
 
 
 class Tally:
-    """What one worker adds to the header while it runs its share; its numbers stay on the device until the end.
+    """What one worker adds to the header while it runs its share.
+
+    Weights that are given as tensors, and the losses, stay on the device until the end.
 
     Args:
         device: Where the model computes.
@@ -62,15 +65,15 @@ class Tally:
 
     def begin(self) -> None:
         """Forget everything: the update starts, or starts again."""
-        self.weight = self._zero
+        self.weight: Tensor | float = 0.0
         self.loss_sum = self._zero
-        self.first_pass_weight: Tensor | None = None
+        self.first_pass_weight: Tensor | float | None = None
         self.first_pass_norms: list[Tensor] = []
 
     def add(self, loss_sum: Tensor, weight: Tensor | float) -> None:
         """Count one pass: its loss sum (0-dim) and its weight."""
         self.loss_sum = self.loss_sum + loss_sum.detach()
-        self.weight = self.weight + weight
+        self.weight = self.weight + (weight.detach().double() if isinstance(weight, Tensor) else weight)
         if self.first_pass_weight is None:
             self.first_pass_weight = self.weight
 
@@ -90,19 +93,30 @@ class Tally:
         Returns:
             Float64 vector.
         """
-        flags = self._zero.new_tensor([1, failed, wishes.leave, wishes.regroup, stop])
-        sums = torch.stack([self.weight, self.loss_sum, *self._first_pass(scale)])
-        return torch.cat([flags, sums, self._seen_bits(seen), statistics])
+        flags = (1, failed, wishes.leave, wishes.regroup, stop)
+        numbers = self._numbers((*flags, self.weight, self.loss_sum, *self._first_pass(scale)))
+        return torch.cat([numbers, self._seen_bits(seen), statistics])
 
-    def _first_pass(self, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _first_pass(self, scale: float) -> tuple[Tensor | float, ...]:
         """Whether there was a first pass with a weight, its |s|^2 / w^2, and 1 / w."""
         weight = self.first_pass_weight
         if weight is None or not self.first_pass_norms:
-            return self._zero, self._zero, self._zero
-        square = torch.linalg.vector_norm(torch.stack(self.first_pass_norms), dtype=torch.float64).square()
-        counts = weight > 0
-        inverse = torch.where(counts, 1 / weight, self._zero)
-        return counts.double(), square * (inverse / scale).square(), inverse
+            return 0, 0, 0
+        if isinstance(weight, Tensor):
+            counts: Tensor | float = weight > 0
+            inverse: Tensor | float = torch.where(weight > 0, 1 / weight, self._zero)
+        else:
+            counts, inverse = weight > 0, 1 / weight if weight > 0 else 0.0
+        norm = torch.linalg.vector_norm(torch.stack(self.first_pass_norms), dtype=torch.float64)
+        return counts, (norm * (inverse / scale)).square(), inverse
+
+    def _numbers(self, numbers: Sequence[Tensor | float]) -> Tensor:
+        """One vector of numbers from the host and from the device, which is not waited for."""
+        vector = self._zero.new_tensor([0 if isinstance(number, Tensor) else number for number in numbers])
+        for place, number in enumerate(numbers):
+            if isinstance(number, Tensor):
+                vector[place] = number
+        return vector
 
     def _seen_bits(self, seen: tuple[bool, ...]) -> Tensor:
         """`seen` as numbers on the device; updates mostly repeat the last one's, so that one is kept."""
@@ -124,8 +138,7 @@ def unpack(header: Tensor, norms: Sequence[Tensor], num_parameters: int, *, scal
         The header, and the summed statistics of the batch norms (still on the device).
     """
     end = len(_FIELDS) + num_parameters
-    norm = torch.linalg.vector_norm(torch.stack(list(norms)), dtype=torch.float64)
-    *values, gradient_norm = torch.cat([header[:end], norm.reshape(1)]).tolist()
+    values = torch.cat([header[:end], torch.stack(list(norms))]).tolist()
     field = dict(zip(_FIELDS, values, strict=False))
     read = Header(
         num_workers=round(field["workers"]),
@@ -138,7 +151,7 @@ def unpack(header: Tensor, norms: Sequence[Tensor], num_parameters: int, *, scal
         leave=field["leave"] > 0,
         regroup=field["regroup"] > 0,
         stop=field["stop"] > 0,
-        gradient_norm=gradient_norm / scale,
-        seen=tuple(value > 0 for value in values[len(_FIELDS) :]),
+        gradient_norm=math.hypot(*values[end:]) / scale,
+        seen=tuple(value > 0 for value in values[len(_FIELDS) : end]),
     )
     return read, header[end:]

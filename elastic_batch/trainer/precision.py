@@ -22,6 +22,11 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """The context in which a backward runs, wherever it is called."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
 class LossScaler:
     """The factor that keeps fp16 gradients away from zero.
 

@@ -215,7 +215,8 @@ class Recorder:
                 "seed": self._options.seed,
                 **self._ending,
                 "planned_updates": sum(run.num_updates for run in walk(self._schedule)),
-                "baseline_updates": -(-self._schedule.end // self._schedule.global_batch_size),
+                "baseline_updates": self._options.baseline_updates
+                or -(-self._schedule.end // self._schedule.global_batch_size),
                 "epochs": self._ending["samples"] / self._schedule.num_samples,
                 "seconds": self._seconds,
                 "metrics": self._final_metrics,

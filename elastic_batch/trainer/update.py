@@ -24,7 +24,7 @@ from elastic_batch.trainer.failures import Failure, is_out_of_memory, judge
 from elastic_batch.trainer.header import Header, Tally, unpack
 from elastic_batch.trainer.mean_check import MeanCheck
 from elastic_batch.trainer.plan import UpdatePlan
-from elastic_batch.trainer.precision import LossScaler, Precision, autocast
+from elastic_batch.trainer.precision import LossScaler, Precision, autocast, no_autocast
 from elastic_batch.trainer.steering import SteeredOptimizer
 
 
@@ -264,22 +264,29 @@ class Update:
         machinery = self._machinery
         is_first, is_last = self._num_done == 0, self._num_done + 1 == len(self._requests)
         machinery.tally.add(loss_sum, weight)
-        norms = machinery.tally.first_pass_norms if is_first and is_last and machinery.estimator else None
-        with (
-            machinery.buckets.accepting(machinery.engine if is_last else None, norms),
-            torch.autocast(machinery.device.type, enabled=False),
-        ):
-            (loss_sum * machinery.scaler.factor).backward()
+        if machinery.scaler.enabled:
+            loss_sum = loss_sum * machinery.scaler.factor
+        engine, norms = (machinery.engine, self._norms_on_launch()) if is_last else (None, None)
+        with machinery.buckets.accepting(engine, norms), no_autocast(machinery.device):
+            loss_sum.backward()
         if is_first and not is_last and machinery.estimator:
             machinery.tally.first_pass_norms = machinery.buckets.norms()
         self._num_done += 1
 
+    def _norms_on_launch(self) -> list[Tensor] | None:
+        """Where the buckets' norms go as their reductions are launched, if those are the first pass's.
+
+        A single pass that is the whole update has nothing to be compared with.
+        """
+        machinery = self._machinery
+        is_wanted = machinery.estimator and len(self._requests) == 1 and machinery.engine.size > 1
+        return machinery.tally.first_pass_norms if is_wanted else None
+
     def _reduce(self) -> tuple[Header, Tensor]:
         machinery = self._machinery
         buckets, engine = machinery.buckets, machinery.engine
-        norms = machinery.tally.first_pass_norms if len(self._requests) == 1 and machinery.estimator else None
         try:
-            buckets.flush(engine, norms)
+            buckets.flush(engine, self._norms_on_launch())
             packed = machinery.tally.pack(
                 failed=self.failure is not None,
                 wishes=machinery.membership.wishes(),
