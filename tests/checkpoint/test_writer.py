@@ -137,3 +137,28 @@ def test_a_cancelled_submission_is_not_written(tmp_path: Path, make_save: Callab
         assert writer.submit(*make_save(2)).cancel()
         store.go_on.release()
     assert [manifest.position for manifest in store.manifests()] == [1]
+
+
+def test_at_most_two_copies_of_the_state_are_ever_allocated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    allocate, allocations = torch.empty_like, 0
+
+    def counted(*arguments: Any, **settings: Any) -> torch.Tensor:
+        nonlocal allocations
+        allocations += 1
+        return allocate(*arguments, **settings)
+
+    monkeypatch.setattr(torch, "empty_like", counted)
+    store = SlowStore(tmp_path)
+    with CheckpointWriter(store) as writer:
+        for position in range(3):
+            writer.copy_and_submit({"weight": torch.ones(5)}, at(position))
+            assert store.started.acquire(timeout=TIMEOUT_SECONDS)
+            store.go_on.release()
+            assert writer.wait(TIMEOUT_SECONDS)
+        assert allocations == 1
+        for position in range(3, 8):
+            writer.copy_and_submit({"weight": torch.ones(5)}, at(position))
+            # The first of these is being written all the time, of the others one waits.
+            assert position > 3 or store.started.acquire(timeout=TIMEOUT_SECONDS)
+        store.go_on.release(2)
+    assert allocations == 2
