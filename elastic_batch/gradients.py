@@ -56,7 +56,9 @@ class GradientBuckets:
         self._engine = None
         for slot in self._slots:
             slot.seen = False
-            slot.parameter.grad = slot.view if slot.is_view else None
+            grad = slot.view if slot.is_view else None
+            if slot.parameter.grad is not grad:
+                slot.parameter.grad = grad
         for bucket in self._buckets:
             bucket.missing = len(bucket.slots)
 

@@ -9,12 +9,14 @@ import math
 import platform
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from elastic_batch.version import VERSION
+
+_Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
 
 _PREFIX = "elastic_batch"
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -51,6 +53,7 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry, *, run: str, clock: Callable[[], float] = time.time) -> None:
         self._registry, self._run, self._clock = registry, run, clock
         self._position = 0
+        self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
         self._gauges = {field: self._gauge(name, text) for field, (name, text) in _UPDATE_GAUGES.items()}
         self._accumulation_steps = self._gauge(
             "accumulation_steps", "Micro-batches of the worker with the largest share"
@@ -88,10 +91,10 @@ class Metrics:
             skipped: Updates skipped so far.
         """
         self._position = position
-        self._updates.labels(self._run).inc(update)
-        self._samples.labels(self._run).inc(position)
-        self._repeated.labels(self._run).inc(repeated)
-        self._skipped.labels(self._run).inc(skipped)
+        self._child(self._updates).inc(update)
+        self._child(self._samples).inc(position)
+        self._child(self._repeated).inc(repeated)
+        self._child(self._skipped).inc(skipped)
         self._set("position", position)
 
     def update(self, record: Mapping[str, Any]) -> None:
@@ -100,18 +103,18 @@ class Metrics:
             self._set(field, record[field])
         self._count(record)
         self._share(record)
-        self._update_seconds.labels(self._run).observe(record["seconds"])
+        self._child(self._update_seconds).observe(record["seconds"])
         for step, seconds in record.get("step_seconds", {}).items():
-            self._step_seconds.labels(self._run, step).observe(seconds)
+            self._child(self._step_seconds, step).observe(seconds)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Take in the record of an evaluation."""
         for metric, value in record["metrics"].items():
-            self._evaluation.labels(self._run, metric).set(_number(value))
+            self._child(self._evaluation, metric).set(_number(value))
 
     def repeated(self, updates: int = 1) -> None:
         """Count updates that were discarded and are done again."""
-        self._repeated.labels(self._run).inc(updates)
+        self._child(self._repeated).inc(updates)
 
     def checkpoint_saved(self, *, seconds: float, num_bytes: int, position: int, created_seconds: float) -> None:
         """Take in a checkpoint that was written.
@@ -122,27 +125,27 @@ class Metrics:
             position: Samples committed in it.
             created_seconds: When, in seconds since 1970.
         """
-        self._checkpoints.labels(self._run, "saved").inc()
-        self._checkpoint_seconds.labels(self._run).observe(seconds)
+        self._child(self._checkpoints, "saved").inc()
+        self._child(self._checkpoint_seconds).observe(seconds)
         self.checkpoint_found(num_bytes=num_bytes, position=position, created_seconds=created_seconds)
 
     def checkpoint_found(self, *, num_bytes: int, position: int, created_seconds: float) -> None:
         """Take in the checkpoint that was resumed from: its size, position and age count until there is a newer one."""
-        self._checkpoint_bytes.labels(self._run).set(num_bytes)
-        self._checkpoint_position.labels(self._run).set(position)
-        self._checkpoint_age.labels(self._run).set_function(lambda: max(0.0, self._clock() - created_seconds))
+        self._child(self._checkpoint_bytes).set(num_bytes)
+        self._child(self._checkpoint_position).set(position)
+        self._child(self._checkpoint_age).set_function(lambda: max(0.0, self._clock() - created_seconds))
 
     def checkpoint_blocked(self, seconds: float) -> None:
         """Take in how long training waited for the copy of a state."""
-        self._blocked_seconds.labels(self._run).observe(seconds)
+        self._child(self._blocked_seconds).observe(seconds)
 
     def checkpoint_failed(self) -> None:
         """Count a checkpoint that could not be written."""
-        self._checkpoints.labels(self._run, "failed").inc()
+        self._child(self._checkpoints, "failed").inc()
 
     def checkpoint_superseded(self) -> None:
         """Count a checkpoint that was not written because a newer one took its place."""
-        self._checkpoints.labels(self._run, "superseded").inc()
+        self._child(self._checkpoints, "superseded").inc()
 
     def watch_ledger(self, lost_samples: Callable[[int], int]) -> None:
         """Compare the position with an independent reading of the ledger whenever the metrics are read.
@@ -150,29 +153,37 @@ class Metrics:
         Args:
             lost_samples: Position -> samples before it that the ledger does not have; called on the reading thread.
         """
-        self._lost_samples.labels(self._run).set_function(lambda: float(lost_samples(self._position)))
+        self._child(self._lost_samples).set_function(lambda: float(lost_samples(self._position)))
 
     def _count(self, record: Mapping[str, Any]) -> None:
         samples = record["position"] - self._position
         if samples <= 0:
             # Back to an earlier position within this process: these samples were counted when they were new.
             samples = record["global_batch_size"]
-            self._repeated.labels(self._run).inc()
+            self._child(self._repeated).inc()
         self._position = record["position"]
-        self._updates.labels(self._run).inc()
-        self._samples.labels(self._run).inc(samples)
+        self._child(self._updates).inc()
+        self._child(self._samples).inc(samples)
         if record.get("skipped"):
-            self._skipped.labels(self._run).inc()
+            self._child(self._skipped).inc()
 
     def _share(self, record: Mapping[str, Any]) -> None:
         num_micro_batches, world_size = record["num_micro_batches"], record["world_size"]
         active = min(num_micro_batches, world_size)
-        self._accumulation_steps.labels(self._run).set(math.ceil(num_micro_batches / active))
-        self._workers.labels(self._run, "active").set(active)
-        self._workers.labels(self._run, "spare").set(world_size - active)
+        self._child(self._accumulation_steps).set(math.ceil(num_micro_batches / active))
+        self._child(self._workers, "active").set(active)
+        self._child(self._workers, "spare").set(world_size - active)
 
     def _set(self, field: str, value: float | None) -> None:
-        self._gauges[field].labels(self._run).set(_number(value))
+        self._child(self._gauges[field]).set(_number(value))
+
+    def _child(self, metric: _Metric, *labels: str) -> _Metric:
+        """The metric with this run's and the given labels. Looked up once: an update sets some twenty of them."""
+        key = (metric, labels)
+        if key not in self._children:
+            self._children[key] = metric.labels(self._run, *labels)
+        child: _Metric = self._children[key]
+        return child
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(f"{_PREFIX}_{name}", text, ("run", *labels), registry=self._registry)
