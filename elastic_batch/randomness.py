@@ -31,7 +31,7 @@ def reseed(seed: int, device: torch.device | None = None) -> None:
     # numpy and torch (CPU) run the same Mersenne twister and look at 32 bits: they must not look at the same ones.
     np.random.seed(seed >> 31)
     torch.default_generator.manual_seed(seed)
-    if (generator := _cuda_generator(device)) is not None:
+    if (generator := cuda_generator(device)) is not None:
         generator.manual_seed(seed)
 
 
@@ -76,7 +76,7 @@ class GeneratorState:
         self._python = random.getstate()
         self._numpy = _NumpyState()
         self._torch = torch.default_generator.get_state()
-        self._cuda_generator = _cuda_generator(device)
+        self._cuda_generator = cuda_generator(device)
         self._cuda = None if self._cuda_generator is None else self._cuda_generator.get_state()
 
     def restore(self) -> None:
@@ -128,9 +128,10 @@ def _layout_is_known(kind: type) -> bool:
     return ctypes.string_at(probe.ctypes.state_address, _MT19937_BYTES) == expected
 
 
-def _cuda_generator(device: torch.device | None) -> torch.Generator | None:
+def cuda_generator(device: torch.device | None) -> torch.Generator | None:
+    """The global generator of a CUDA device; None for other devices."""
     if device is None or device.type != "cuda":
         return None
-    torch.cuda.init()  # type: ignore[no-untyped-call]  # torch's own
+    torch.cuda.init()
     index = torch.cuda.current_device() if device.index is None else device.index
     return torch.cuda.default_generators[index]
