@@ -72,9 +72,10 @@ def _bin_means(epochs: Column, values: Column, edges: Column) -> Column:
 
 
 def _joined(group: Group, epochs: Column, rows: Sequence[Column]) -> Curve:
+    # A measured noise scale is not always known, and not for every seed at the same time.
     table = np.array(rows)
-    known = ~np.isnan(table).any(axis=0)
+    known = ~np.isnan(table).all(axis=0)
     table, epochs = table[:, known], epochs[known]
     first = group.runs[0]
     updates = np.interp(epochs, first.updates["epoch"], first.updates["update"])
-    return Curve(epochs, updates, table.mean(axis=0), table.min(axis=0), table.max(axis=0))
+    return Curve(epochs, updates, np.nanmean(table, axis=0), np.nanmin(table, axis=0), np.nanmax(table, axis=0))

@@ -94,7 +94,8 @@ def _draw_stairs(axes: Axes, groups: Sequence[Group], field: str) -> None:
     for group, style in styled(groups):
         # All seeds of a group follow one schedule: the first stands for them.
         run = group.runs[0]
-        epochs, values = stairs(np.append(run.starts, run.updates["epoch"][-1]), run.updates[field])
+        column = run.planned_batches if field == "global_batch_size" else run.updates[field]
+        epochs, values = stairs(np.append(run.starts, run.updates["epoch"][-1]), column)
         positive = values > 0
         axes.step(
             epochs[positive], values[positive], where="post", label=group.label,
@@ -132,9 +133,12 @@ def _grouped_digits(value: float, _: int) -> str:
 
 def _mark_boundaries(axes: Axes, groups: Sequence[Group]) -> None:
     """A line where a phase begins; a schedule that changes all the time has none."""
-    epochs = np.unique(np.concatenate([np.round(group.runs[0].boundaries, 2) for group in groups]))
-    if len(epochs) <= _MOST_BOUNDARIES:
-        for epoch in epochs:
+    epochs = np.sort(np.concatenate([group.runs[0].boundaries for group in groups]))
+    # One milestone begins a phase at the next update, which is a little later where the batch is larger.
+    length = max(group.runs[0].updates["epoch"][-1] for group in groups)
+    distinct = epochs[np.diff(epochs, prepend=-length) > length / 100]
+    if len(distinct) <= _MOST_BOUNDARIES:
+        for epoch in distinct:
             axes.axvline(epoch, color="0.8", linewidth=0.8, zorder=0)
 
 

@@ -75,6 +75,14 @@ class Run:
         return np.concatenate([[0.0], self.updates["epoch"][:-1]])
 
     @cached_property
+    def planned_batches(self) -> Column:
+        """The global batch of each update as scheduled: the last update has only the samples that remain."""
+        batches, phases = self.updates["global_batch_size"].copy(), self.updates["phase"]
+        if len(batches) > 1 and phases[-1] == phases[-2]:
+            batches[-1] = batches[-2]
+        return batches
+
+    @cached_property
     def boundaries(self) -> Column:
         """The epochs at which a phase begins, without the first."""
         begins = np.diff(self.updates["phase"]) != 0

@@ -39,8 +39,8 @@ def test_bins_keep_the_mean_and_lie_between_the_extremes(losses: list[float]) ->
 
 def test_seeds_are_joined_to_a_mean_and_its_range() -> None:
     curve = binned(Group("a", [run([1.0, 2.0]), run([3.0, 6.0]), run([2.0, float("nan")])]), "loss")
-    assert (curve.mean.tolist(), curve.low.tolist(), curve.high.tolist()) == ([2.0], [1.0], [3.0])
-    assert np.allclose(curve.updates, 1.0)
+    assert (curve.mean.tolist(), curve.low.tolist(), curve.high.tolist()) == ([2.0, 4.0], [1.0, 2.0], [3.0, 6.0])
+    assert np.allclose(curve.updates, [1.0, 2.0])
 
 
 def test_runs_of_unequal_length_are_drawn_as_far_as_all_have_come() -> None:

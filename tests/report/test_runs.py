@@ -27,6 +27,18 @@ def test_a_run_is_read_into_columns(nine_runs: Path) -> None:
     assert np.isnan(run.final("perplexity"))
 
 
+def test_a_shorter_last_update_is_no_step_of_the_schedule(make_run: MakeRun, tmp_path: Path) -> None:
+    path = make_run(tmp_path / "a", "grow-batch", 1)
+    log = path / "metrics.jsonl"
+    *lines, last = log.read_text().splitlines()
+    position = next(index for index, line in reversed(list(enumerate(lines))) if '"kind": "update"' in line)
+    record = json.loads(lines[position]) | {"global_batch_size": 96}
+    log.write_text("\n".join([*lines[:position], json.dumps(record), *lines[position + 1 :], last]) + "\n")
+    run = load_run(path)
+    assert run.updates["global_batch_size"][-1] == 96
+    assert run.planned_batches[-1] == 1280
+
+
 def test_runs_that_differ_in_their_seed_make_a_group_and_the_plain_decay_comes_first(nine_runs: Path) -> None:
     groups = group_runs([load_run(path) for path in find_runs([nine_runs])])
     assert [(group.label, group.seeds) for group in groups] == [
