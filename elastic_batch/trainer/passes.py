@@ -6,17 +6,83 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from elastic_batch.data import PassRequest
 from elastic_batch.errors import CannotFuse
+from elastic_batch.randomness import preserved
+from elastic_batch.schedule import Schedule
+from elastic_batch.shares import share
 from elastic_batch.trainer.failures import is_out_of_memory
+from elastic_batch.trainer.fusing import obstacle_to_fusing
+from elastic_batch.trainer.options import TrainerOptions
+from elastic_batch.trainer.precision import autocast
+from elastic_batch.trainer.update import Machinery
 
 logger = logging.getLogger(__name__)
+
+LossFn = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor | float]]
+"""Of (model, batch): the mean loss over the batch's samples, or (sum of losses, weight to divide by)."""
 
 _LEAST_GAIN = 1.05
 """A wider pass must be this much faster for each micro-batch, or it only costs memory."""
 _REPETITIONS = 3
+
+
+def settle_width(
+    options: TrainerOptions,
+    schedule: Schedule,
+    position: int,
+    model: nn.Module,
+    loss_fn: LossFn | None,
+    machinery: Machinery,
+) -> int:
+    """The width of passes: as asked for, or the fastest, where the result cannot depend on it; else 1, with a log line.
+
+    Parameters, statistics and random generators are as before.
+
+    Args:
+        options: What was asked for.
+        schedule: Says how many micro-batches there can be.
+        position: Where the samples to measure with come from.
+        model: As it is called: compiled, if so.
+        loss_fn: None where the user's own loop runs the passes.
+        machinery: Runs passes.
+    """
+    wanted = options.micro_batches_per_pass
+    obstacle = obstacle_to_fusing(model, options.micro_batch_size)
+    if obstacle is None and wanted == "auto" and options.deterministic:
+        obstacle = "what is fastest may differ from run to run, and with it the rounding"
+    if obstacle is None and wanted == "auto" and loss_fn is None:
+        obstacle = "they are only measured where the trainer owns the step"
+    if obstacle is not None:
+        logger.info("passes have one micro-batch, because %s", obstacle)
+        return 1
+    if wanted != "auto":
+        return wanted
+    assert loss_fn is not None
+    most = schedule.max_global_batch_size // options.micro_batch_size
+    widest = len(share(most, machinery.engine.size, 0))
+
+    def run_pass(width: int) -> None:
+        machinery.source.start(iter([PassRequest(position, width)]))
+        batch = machinery.source.next()
+        machinery.buckets.begin()
+        machinery.statistics.begin()
+        machinery.statistics.samples_per_pass = width * options.micro_batch_size
+        with machinery.randomness.over(list(range(width)), machinery.device) as draws:
+            with autocast(options.precision, machinery.device):
+                loss = loss_fn(model, batch)
+            if reason := draws.stray():
+                raise CannotFuse(position, [], reason)
+            with machinery.buckets.accepting():
+                (loss[0] if isinstance(loss, tuple) else loss).backward()
+
+    with preserved(machinery.device):
+        return choose_width(run_pass, widest, machinery.device)
 
 
 def choose_width(

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Self
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from elastic_batch.checkpoint import Checkpoint
-from elastic_batch.data import PassRequest, count_samples
+from elastic_batch.data import count_samples
 from elastic_batch.engines import Engine, Membership, open_membership
-from elastic_batch.errors import ElasticBatchError, MisusedTrainer, WorkerFailed, WorkersDiverged, WorldBroken
+from elastic_batch.errors import (
+    ElasticBatchError,
+    MisusedTrainer,
+    WorkerFailed,
+    WorkersDiverged,
+    WorldBroken,
+)
 from elastic_batch.ghost import RunningStatistics
 from elastic_batch.gradients import GradientBuckets
-from elastic_batch.randomness import preserved
 from elastic_batch.schedule import ScheduleContext, ScheduleSpec
-from elastic_batch.shares import share
 from elastic_batch.trainer.agreement import agree_on_model, agree_on_position, require_same_parameters
 from elastic_batch.trainer.assembly import (
     convert_norms,
@@ -33,7 +37,7 @@ from elastic_batch.trainer.evaluation import Measure, evaluate
 from elastic_batch.trainer.failures import Severity, exchange, judge, texts
 from elastic_batch.trainer.header import Tally
 from elastic_batch.trainer.options import TrainerOptions
-from elastic_batch.trainer.passes import choose_width
+from elastic_batch.trainer.passes import LossFn, settle_width
 from elastic_batch.trainer.phase_log import PhaseLog
 from elastic_batch.trainer.plan import forecast, plan_update
 from elastic_batch.trainer.precision import LossScaler, autocast
@@ -41,12 +45,10 @@ from elastic_batch.trainer.recorder import Recorder
 from elastic_batch.trainer.saving import SavedState, Stateful, find_checkpoint
 from elastic_batch.trainer.signals import stopping_on_signals
 from elastic_batch.trainer.steering import SteeredOptimizer
+from elastic_batch.trainer.stochastic import PassRandomness
 from elastic_batch.trainer.update import Machinery, Outcome, Update
 
 logger = logging.getLogger(__name__)
-
-LossFn = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor | float]]
-"""Of (model, batch): the mean loss over the batch's samples, or (sum of losses, weight to divide by)."""
 
 
 class Trainer:
@@ -110,9 +112,8 @@ class Trainer:
         self._state = SavedState(self._plain_model, parts | ({"noise": self._estimator} if self._estimator else {}))
         self._recorder = Recorder(self.options, self.schedule, fingerprint(self.options, self.schedule, optimizer))
         self._machinery: Machinery | None = None
-        width = self.options.micro_batches_per_pass
-        self._width_is_open = width == "auto"
-        self._width = 1 if width == "auto" else width
+        self._width = 1
+        self._width_is_settled = self.options.micro_batches_per_pass == 1
         self._stop_wanted: str | None = None
         self._failed_update: int | None = None
         self._mean_unchecked = self.options.check_loss
@@ -164,8 +165,9 @@ class Trainer:
             WorldBroken: A worker was lost and there is no next world.
         """
         machinery = self._begin()
-        if self._width_is_open:
-            self._width, self._width_is_open = self._find_width(machinery), False
+        if not self._width_is_settled:
+            self._width = settle_width(self.options, self.schedule, self.position, self.model, self._loss_fn, machinery)
+            self._width_is_settled = True
         self._restart_source(machinery)
         self.stop_reason = None
         with stopping_on_signals(self.stop):
@@ -268,6 +270,7 @@ class Trainer:
             buckets=GradientBuckets(self._optimizer.parameters),
             tally=Tally(self._device),
             statistics=RunningStatistics(self._plain_model),
+            randomness=PassRandomness(self._plain_model),
             optimizer=self._optimizer,
             scaler=self._scaler,
             estimator=self._estimator,
@@ -390,28 +393,6 @@ class Trainer:
         machinery.source.start(
             forecast(self.schedule, self.position, rank=engine.rank, size=engine.size, width=self._width)
         )
-
-    def _find_width(self, machinery: Machinery) -> int:
-        """Measure which width of a pass is fastest; the state and the random generators are as before."""
-        loss_fn = self._loss_fn
-        if loss_fn is None:
-            logger.info("passes have one micro-batch: they are only measured where the trainer owns the step")
-            return 1
-
-        def run_pass(width: int) -> None:
-            machinery.source.start(iter([PassRequest(self.position, width)]))
-            batch = machinery.source.next()
-            machinery.buckets.begin()
-            machinery.statistics.begin()
-            machinery.statistics.samples_per_pass = width * self.options.micro_batch_size
-            with autocast(self.options.precision, self._device):
-                loss = loss_fn(self.model, batch)
-            with machinery.buckets.accepting():
-                (loss[0] if isinstance(loss, tuple) else loss).backward()
-
-        most = self.schedule.max_global_batch_size // self.options.micro_batch_size
-        with preserved(self._device):
-            return choose_width(run_pass, len(share(most, machinery.engine.size, 0)), self._device)
 
     def _mean_check_due(self) -> bool:
         due, self._mean_unchecked = self._mean_unchecked, False

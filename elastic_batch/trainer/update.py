@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
@@ -20,12 +20,13 @@ from elastic_batch.gradients import GradientBuckets
 from elastic_batch.noise import NoiseScaleEstimator
 from elastic_batch.randomness import preserved, reseed
 from elastic_batch.stream import micro_batch_seed
-from elastic_batch.trainer.failures import Failure, is_out_of_memory, judge
+from elastic_batch.trainer.failures import Failure, Severity, is_out_of_memory, judge
 from elastic_batch.trainer.header import Header, Tally, unpack
 from elastic_batch.trainer.mean_check import MeanCheck
 from elastic_batch.trainer.plan import UpdatePlan
 from elastic_batch.trainer.precision import LossScaler, Precision, autocast, no_autocast
 from elastic_batch.trainer.steering import SteeredOptimizer
+from elastic_batch.trainer.stochastic import PassDraws, PassRandomness
 
 
 class Outcome(Enum):
@@ -57,6 +58,7 @@ class Machinery:
     buckets: GradientBuckets
     tally: Tally
     statistics: RunningStatistics
+    randomness: PassRandomness
     optimizer: SteeredOptimizer
     scaler: LossScaler
     estimator: NoiseScaleEstimator | None
@@ -97,6 +99,7 @@ class Update:
         self._num_done = 0
         self._awaits_backward = False
         self._mean_check: MeanCheck | None = None
+        self._draws: PassDraws | None = None
         machinery.buckets.begin()
         machinery.tally.begin()
         machinery.statistics.begin()
@@ -153,10 +156,9 @@ class Update:
                     yield from self._check_mean(batch, request)
                     if self.is_settled:
                         return
-                reseed(micro_batch_seed(machinery.seed, request.start, "forward"), machinery.device)
                 machinery.statistics.samples_per_pass = self._num_samples(request)
                 self._awaits_backward = True
-                with autocast(machinery.precision, machinery.device):
+                with self._draws_of(request), autocast(machinery.precision, machinery.device):
                     yield batch
                 if self._awaits_backward and not self.is_settled:
                     self.fail(MisusedTrainer("a batch got no update.backward(loss); call it once for each batch"))
@@ -190,6 +192,9 @@ class Update:
         if not self._awaits_backward:
             raise MisusedTrainer("update.backward(loss) belongs inside the loop over the update, once for each batch")
         self._awaits_backward = False
+        if self._draws is not None and (reason := self._draws.stray()):
+            self.failure = Failure(Severity.NARROWER, f"passes have one micro-batch from here on: {reason}")
+            return
         if weight is None:
             weight = self._num_samples(self._requests[self._num_done])
             loss = loss * weight
@@ -249,6 +254,22 @@ class Update:
         except (DataError, RuntimeError, MemoryError) as error:
             self.fail(error)
             return None
+
+    @contextmanager
+    def _draws_of(self, request: PassRequest) -> Iterator[None]:
+        """Let each of the pass's micro-batches draw at random what belongs to its position."""
+        machinery = self._machinery
+        seeds = [
+            micro_batch_seed(machinery.seed, position, "forward")
+            for position in range(request.start, request.start + self._num_samples(request), self.plan.micro_batch_size)
+        ]
+        if len(seeds) == 1:
+            reseed(seeds[0], machinery.device)
+            yield
+            return
+        with machinery.randomness.over(seeds, machinery.device) as self._draws:
+            yield
+        self._draws = None
 
     def _check_mean(self, batch: Any, request: PassRequest) -> Iterator[Any]:
         self._mean_check = MeanCheck(self._machinery.model, batch, self._num_samples(request))

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from support import jobs
-from support.jobs import IMAGES, SMOOTH_IMAGES, TOKENS, SmallJob
+from support.jobs import IMAGES, SMOOTH_IMAGES, TOKENS, SmallJob, image_loss
 from support.reference import largest_difference, train_plainly
 from support.training import Plan, first_gradient, train, train_in_two_halves
 from support.worlds import run_world
+from torch import nn
 
 from elastic_batch.engines import SoloEngine
 
@@ -103,3 +104,20 @@ def test_the_first_gradient_in_half_precision_is_near_that_in_float32(job: Small
     exact = first_gradient(SoloEngine(), Plan(job, options=options))
     rough = first_gradient(SoloEngine(), Plan(job, options={**options, "precision": precision}))
     assert float((rough - exact).norm() / exact.norm()) < 0.02
+
+
+def test_the_measured_width_changes_nothing() -> None:
+    [state] = _train(1, Plan(IMAGES, options={"micro_batches_per_pass": "auto"}))
+    assert largest_difference(state, _reference(IMAGES)) < _EXACT
+
+
+def test_a_loss_that_draws_by_itself_runs_in_single_micro_batches() -> None:
+    def noisy_loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        images, labels = batch
+        return image_loss(model, (images + 0.1 * torch.randn_like(images), labels))
+
+    job = replace(IMAGES, loss_fn=noisy_loss)
+    expected = train_plainly(job, 20)
+    for width in (4, "auto"):
+        [state] = _train(1, Plan(job, 20, options={"micro_batches_per_pass": width, "check_loss": False}))
+        assert largest_difference(state, expected) < _EXACT
