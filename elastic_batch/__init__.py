@@ -8,12 +8,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from elastic_batch.version import VERSION as __version__
+from elastic_batch.version import VERSION
 
 if TYPE_CHECKING:
     from elastic_batch.ghost import convert_batch_norm
     from elastic_batch.lr_scheduler import from_lr_scheduler
     from elastic_batch.trainer import EMA, Trainer, Update, accuracy
+
+__version__ = VERSION
 
 _HOME = {
     "EMA": "trainer",

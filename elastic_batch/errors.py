@@ -87,8 +87,9 @@ class WorkersDiverged(ElasticBatchError):
         self.update, self.ranks = update, ranks
         names = ", ".join(str(rank) for rank in ranks)
         super().__init__(
-            f"after update {update} the parameters of worker {names} differ from the others'. Look for code that changes "
-            "the model on some workers only, or for faulty hardware; resume from a checkpoint before this update"
+            f"after update {update} the parameters of worker {names} differ from the others'. Look for code that "
+            "changes the model on some workers only, or for faulty hardware; resume from a checkpoint before this "
+            "update"
         )
 
 
@@ -125,7 +126,8 @@ class RunDirectoryUsed(ElasticBatchError):
     def __init__(self, directory: str) -> None:
         self.directory = directory
         super().__init__(
-            f"run directory {directory} already holds a run. Resume it (resume='auto', --resume auto) or name another directory"
+            f"run directory {directory} already holds a run. Resume it (resume='auto', --resume auto) or name another "
+            "directory"
         )
 
 
@@ -140,8 +142,8 @@ class UnsavableState(ElasticBatchError, TypeError):
     def __init__(self, path: str, found: str) -> None:
         self.path, self.found = path, found
         super().__init__(
-            f"{path} is {found}: a checkpoint holds tensors, numbers, strings, None, and dicts, lists, tuples and sets of "
-            "these. Let the object's state_dict() return such values"
+            f"{path} is {found}: a checkpoint holds tensors, numbers, strings, None, and dicts, lists, tuples and sets "
+            "of these. Let the object's state_dict() return such values"
         )
 
 
@@ -162,8 +164,8 @@ class RunDirectoryMissing(ElasticBatchError):
     def __init__(self, directory: str) -> None:
         self.directory = directory
         super().__init__(
-            f"there is no run in {directory}. Name a directory that a run has written to (it holds run.json); if another "
-            "worker wrote it, this worker does not see the same file system"
+            f"there is no run in {directory}. Name a directory that a run has written to (it holds run.json); if "
+            "another worker wrote it, this worker does not see the same file system"
         )
 
 
