@@ -39,6 +39,21 @@ def refuse_wrapped(model: nn.Module) -> None:
         )
 
 
+def require_schedule(schedule: object) -> None:
+    """Refuse what is not a schedule's specification, a bare `torch.optim.lr_scheduler` above all.
+
+    Raises:
+        InvalidSetting: It is not.
+    """
+    if not hasattr(schedule, "build"):
+        raise InvalidSetting(
+            "schedule",
+            type(schedule).__name__,
+            "must be what from_lr_scheduler gives, or a specification of elastic_batch.schedule",
+            "Convert a torch scheduler with from_lr_scheduler(scheduler, per=..., max_duration=..., ...)",
+        )
+
+
 def make_deterministic() -> None:
     """Ask torch for algorithms that repeat a result to the bit; for the whole process."""
     # cuBLAS reads this when it is first used; without it some of its kernels add in any order.

@@ -95,7 +95,10 @@ def _total(
 
 
 def _named(result: Pair | Mapping[str, Pair]) -> Mapping[str, Pair]:
-    return result if isinstance(result, Mapping) else {"value": result}
+    named = result if isinstance(result, Mapping) else {"value": result}
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in named.values()):
+        raise MisusedTrainer("the measure must give a (sum, weight) pair, or a dict of such pairs by name")
+    return named
 
 
 def _as_tensor(pair: Pair, device: torch.device) -> Tensor:

@@ -59,7 +59,7 @@ class MeanCheck:
         Raises:
             MisusedTrainer: The whole is not the mean of its halves.
         """
-        if len(self._losses) < 3 or not all(map(math.isfinite, self._losses)):
+        if len(self._losses) != 3 or not all(map(math.isfinite, self._losses)):
             return
         whole, first, second = self._losses
         half = self._num_samples // 2

@@ -32,6 +32,7 @@ from elastic_batch.trainer.assembly import (
     make_estimator,
     open_training_source,
     refuse_wrapped,
+    require_schedule,
 )
 from elastic_batch.trainer.evaluation import Measure, evaluate
 from elastic_batch.trainer.failures import Severity, exchange, judge, texts
@@ -81,6 +82,7 @@ class Trainer:
     ) -> None:
         self.options = TrainerOptions.of(**options)
         refuse_wrapped(model)
+        require_schedule(schedule)
         if self.options.deterministic:
             make_deterministic()
         self.model = model
