@@ -78,7 +78,8 @@ class Snapshot:
 
     def release(self) -> None:
         """Give the memory back, for a later snapshot to overwrite."""
-        for key, tensor in self._loans:
+        # Last lent, first back: the next snapshot of the same state gets each tensor's memory in its old place.
+        for key, tensor in reversed(self._loans):
             self._memory.take_back(key, tensor)
         self._loans.clear()
 
