@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Subset
 from elastic_batch import Trainer
 from elastic_batch.engines import Engine, FixedWorld, Membership, SoloEngine
 from elastic_batch.errors import ElasticBatchError
+from elastic_batch.noise import NoiseSums
 from elastic_batch.schedule import StepsSchedule
 
 SCHEDULE = StepsSchedule.of(
@@ -263,3 +264,16 @@ def train_from_different_weights(engine: Engine, plan: Plan) -> dict[str, Any]:
             for parameter in trainer.model.parameters():
                 parameter.add_(engine.rank)
         return run(trainer, plan)
+
+
+def first_noise_sums(engine: Engine, plan: Plan) -> NoiseSums:
+    """What the first update tells the estimator of the measured noise scale."""
+    with make_trainer(plan, FixedWorld(engine)) as trainer:
+        update = next(iter(trainer))
+        weight = update.committed_header.weight
+        return update.committed_header.noise_sums(jobs.NUM_SAMPLES * weight / update.global_batch_size)
+
+
+def first_loss(engine: Engine, plan: Plan) -> float:
+    with make_trainer(plan, FixedWorld(engine)) as trainer:
+        return next(iter(trainer)).loss
