@@ -88,10 +88,8 @@ def _has_fast_path(x: Tensor, num_ghosts: int) -> bool:
 
 
 def _normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, num_ghosts: int, eps: float) -> Normalized:
-    if not _has_fast_path(x, num_ghosts):
+    if channels_are_innermost(x) or not _has_fast_path(x, num_ghosts):
         return native.normalize(x, weight, bias, num_ghosts, eps)
-    if channels_are_innermost(x):
-        return rows.normalize(x, weight, bias, num_ghosts, eps)
     return planes.normalize(x, weight, bias, num_ghosts, eps)
 
 

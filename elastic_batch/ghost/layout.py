@@ -19,7 +19,7 @@ native_backward = torch.ops.aten.native_batch_norm_backward.default
 # still in the cache.
 _GROUP_BYTES = 8 * 1024**2
 # The backward passes write their result in two steps, piece by piece.
-_PIECE_BYTES = 1024**2
+_PIECE_BYTES = 2 * 1024**2
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 

@@ -15,11 +15,10 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, num_ghosts:
     # With momentum 1 the kernel leaves a ghost's mean and unbiased variance in what it takes for running statistics.
     moments = x.new_zeros((num_ghosts, 2, x.size(1)), dtype=_wide_dtype(x))
     means, invstd = x.new_empty((2, num_ghosts, x.size(1)), dtype=moments.dtype)
-    for ghost, out, running, *saved in zip(
-        x.chunk(num_ghosts), output.chunk(num_ghosts), moments, means, invstd, strict=True
-    ):
-        results = {"out": out, "save_mean": saved[0], "save_invstd": saved[1]}
-        native_forward(ghost, weight, bias, *running, True, 1.0, eps, **results)
+    cut = (x.chunk(num_ghosts), output.chunk(num_ghosts), moments[:, 0], moments[:, 1], means, invstd)
+    for ghost, out, mean, variance, save_mean, save_invstd in zip(*cut, strict=True):
+        results = {"out": out, "save_mean": save_mean, "save_invstd": save_invstd}
+        native_forward(ghost, weight, bias, mean, variance, True, 1.0, eps, **results)
     return Normalized(output, moments, invstd)
 
 

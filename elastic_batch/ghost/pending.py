@@ -10,23 +10,30 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What one norm needs to know of its statistics: [count, means, variances] from `offset` on."""
+    """Where the sums of one norm are, [count, means, variances], and the type of its statistics."""
 
     num_features: int
     dtype: torch.dtype
     offset: int
 
     @property
+    def length(self) -> int:
+        return 1 + 2 * self.num_features
+
+    @property
+    def all(self) -> slice:
+        return slice(self.offset, self.offset + self.length)
+
+    @property
     def values(self) -> slice:
-        return slice(self.offset + 1, self.offset + 1 + 2 * self.num_features)
+        return slice(self.offset + 1, self.offset + self.length)
 
 
 class PendingSums:
-    """Float64 sums of ghost statistics over an update, and room where kernels leave those of single ghosts.
+    """Float64 sums of ghost statistics over an update.
 
-    A native kernel called with momentum 1 writes its mean and variance into what it takes for running statistics. Given
-    a slice of a flat buffer there, a norm with one ghost costs nothing beyond plain batch norm; the whole buffer is
-    added to the sums once a pass, when a norm needs its slice again.
+    Norms hand their statistics in one by one, but it is once a pass that they are added to the sums, all at the same
+    time: when a norm hands in something for the second time.
 
     Args:
         places: One for each norm, in order, without gaps.
@@ -34,51 +41,86 @@ class PendingSums:
     """
 
     def __init__(self, places: list[Place], device: torch.device) -> None:
-        self.numel = sum(1 + 2 * place.num_features for place in places)
+        self.numel = sum(place.length for place in places)
         self.sums = torch.zeros(self.numel, dtype=torch.float64, device=device)
         self.samples_per_pass: int | None = None
-        self._counted = torch.tensor([place.offset for place in places], dtype=torch.long, device=device)
-        self._landing = {place.dtype: torch.zeros(self.numel, dtype=place.dtype, device=device) for place in places}
-        # Autograd keeps a kernel's running statistics and checks that nobody changed them before the backward pass,
-        # which never reads them in training. `.data` has its own version counter, so that emptying is not noticed.
-        self._views = [self._landing[place.dtype][place.values].view(2, -1).data.unbind() for place in places]
-        self._totals = [self.sums[place.values].view(2, -1) for place in places]
-        self._landed: set[int] = set()
-        self._num_ghosts = [0] * len(places)
+        self._places = places
+        self._moments: dict[int, Tensor] = {}
+        self._landing = _Landing(places, device)
 
     def clear(self) -> None:
         """Forget everything."""
         self.sums.zero_()
-        for landing in self._landing.values():
-            landing.zero_()
-        self._landed.clear()
-        self._num_ghosts = [0] * len(self._num_ghosts)
+        self._moments.clear()
+        self._landing.clear()
 
     def add(self, index: int, moments: Tensor) -> None:
-        """Add the moments [k, 2, C] of k ghosts of norm number `index`."""
-        self._num_ghosts[index] += moments.size(0)
-        self._totals[index].add_(moments.sum(0, dtype=torch.float64))
+        """Hand in the moments [k, 2, C] of k ghosts of norm number `index`."""
+        if self._moments and (index in self._moments or _num_ghosts(self._moments) != moments.size(0)):
+            self._add_moments()
+        self._moments[index] = moments
 
-    def land(self, index: int) -> tuple[Tensor, ...]:
+    def land(self, index: int) -> tuple[Tensor, Tensor]:
         """Where norm number `index` is to leave (mean, unbiased variance) of one ghost; it must then do so."""
-        if index in self._landed:
-            self._empty_landing()
-        self._landed.add(index)
-        return self._views[index]
+        if index in self._landing.used:
+            self._landing.add_to(self.sums)
+        return self._landing.use(index)
 
     def total(self) -> Tensor:
         """The sums so far, as a new tensor."""
-        self._empty_landing()
-        counts = torch.tensor(self._num_ghosts, dtype=torch.float64, device=self.sums.device)
-        return self.sums.index_add(0, self._counted, counts)
+        self._add_moments()
+        self._landing.add_to(self.sums)
+        return self.sums.clone()
 
-    def _empty_landing(self) -> None:
-        for landing in self._landing.values():
-            self.sums.add_(landing)
-            landing.zero_()
-        for index in self._landed:
-            self._num_ghosts[index] += 1
-        self._landed.clear()
+    def _add_moments(self) -> None:
+        if not self._moments:
+            return
+        num_ghosts = _num_ghosts(self._moments)
+        one = self.sums.new_ones((num_ghosts, 1))
+        blocks = []
+        for index, place in enumerate(self._places):
+            moments = self._moments.get(index)
+            blocks += [one.new_zeros((num_ghosts, place.length))] if moments is None else [one, moments.flatten(1)]
+        self.sums.add_(torch.cat(blocks, dim=1).sum(0))
+        self._moments.clear()
+
+
+class _Landing:
+    """Room where kernels leave mean and variance of single ghosts.
+
+    A native kernel called with momentum 1 writes them into what it takes for running statistics. Given a slice of a flat
+    buffer there, a norm with one ghost costs nothing beyond plain batch norm.
+    """
+
+    def __init__(self, places: list[Place], device: torch.device) -> None:
+        self.used: set[int] = set()
+        self._places = places
+        numel = sum(place.length for place in places)
+        self._rooms = {place.dtype: torch.zeros(numel, dtype=place.dtype, device=device) for place in places}
+        for place in places:
+            self._rooms[place.dtype][place.offset] = 1  # the count, ready to be added
+        # Autograd keeps a kernel's running statistics and checks that nobody changed them before the backward pass,
+        # which never reads them in training. `.data` has its own version counter, so that clearing is not noticed.
+        self._views = [self._rooms[place.dtype][place.values].view(2, -1).data for place in places]
+        self._pairs = [(view[0], view[1]) for view in self._views]
+
+    def clear(self) -> None:
+        for view in self._views:
+            view.zero_()  # what is not finite would stay, even at momentum 1
+        self.used.clear()
+
+    def use(self, index: int) -> tuple[Tensor, Tensor]:
+        self.used.add(index)
+        return self._pairs[index]
+
+    def add_to(self, sums: Tensor) -> None:
+        if len(self.used) == len(self._places):
+            for room in self._rooms.values():
+                sums.add_(room)
+        else:  # the others hold what an earlier pass left
+            for place in (self._places[index] for index in self.used):
+                sums[place.all].add_(self._rooms[place.dtype][place.all])
+        self.used.clear()
 
 
 class Slot:
@@ -90,3 +132,7 @@ class Slot:
         self.sums = pending.sums
         self.index = index
         self.offset = offset
+
+
+def _num_ghosts(moments: dict[int, Tensor]) -> int:
+    return next(iter(moments.values())).size(0)

@@ -84,9 +84,11 @@ class RunningStatistics:
         sums = sums.to(self._device, torch.float64)
         counts = sums.index_select(0, self._counts_at)  # one for each norm
         trackers = [tracker for norm in self._norms if (tracker := norm._buffers["num_batches_tracked"]) is not None]
-        tracked = torch.stack(trackers)
-        cumulative = tracked.double() / (tracked + counts)
-        keep = torch.where(self._is_cumulative & (counts > 0), cumulative, self._bases**counts)
+        keep = self._bases**counts
+        if self._any_cumulative:
+            tracked = torch.stack(trackers)
+            cumulative = tracked.double() / (tracked + counts)
+            keep = torch.where(self._is_cumulative & (counts > 0), cumulative, keep)
         add = (1 - keep) / counts.clamp(min=1)  # a norm that saw no ghosts keeps 1 and adds 0
         # From here on one entry for each running mean and variance of a channel, [sum of 2 C].
         of_running, of_sums = keep.index_select(0, self._norm_of), add.index_select(0, self._norm_of)
@@ -122,6 +124,7 @@ class RunningStatistics:
         repeats = torch.tensor([2 * place.num_features for place in self._places], dtype=torch.long)
         self._norm_of = torch.arange(len(self._norms)).repeat_interleave(repeats).to(device)
         momenta = [norm.momentum for norm in self._norms]
+        self._any_cumulative = None in momenta
         self._is_cumulative = torch.tensor([momentum is None for momentum in momenta], device=device)
         self._bases = torch.tensor([1 - (momentum or 0) for momentum in momenta], dtype=torch.float64, device=device)
 

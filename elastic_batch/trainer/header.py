@@ -126,7 +126,7 @@ class Tally:
 
 
 def unpack(header: Tensor, norms: Sequence[Tensor], num_parameters: int, *, scale: float) -> tuple[Header, Tensor]:
-    """Read a reduced header: one copy to the host.
+    """Read a reduced header: two copies to the host.
 
     Args:
         header: As packed, summed over the workers.
@@ -138,7 +138,7 @@ def unpack(header: Tensor, norms: Sequence[Tensor], num_parameters: int, *, scal
         The header, and the summed statistics of the batch norms (still on the device).
     """
     end = len(_FIELDS) + num_parameters
-    values = torch.cat([header[:end], torch.stack(list(norms))]).tolist()
+    values = header[:end].tolist()
     field = dict(zip(_FIELDS, values, strict=False))
     read = Header(
         num_workers=round(field["workers"]),
@@ -151,7 +151,7 @@ def unpack(header: Tensor, norms: Sequence[Tensor], num_parameters: int, *, scal
         leave=field["leave"] > 0,
         regroup=field["regroup"] > 0,
         stop=field["stop"] > 0,
-        gradient_norm=math.hypot(*values[end:]) / scale,
-        seen=tuple(value > 0 for value in values[len(_FIELDS) : end]),
+        gradient_norm=math.hypot(*torch.stack(list(norms)).tolist()) / scale,
+        seen=tuple(value > 0 for value in values[len(_FIELDS) :]),
     )
     return read, header[end:]

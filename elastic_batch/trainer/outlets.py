@@ -59,7 +59,8 @@ class Outlets:
 
     def update(self, record: Mapping[str, Any], start: int) -> None:
         """Put out the record of a committed update whose first sample was at `start`."""
-        self.metrics.update(record)
+        if self._server is not None or self._file is not None:
+            self.metrics.update(record)
         if self._directory is not None:
             self._directory.record(record)
             self._directory.commit(

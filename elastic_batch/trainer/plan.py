@@ -67,9 +67,16 @@ class UpdatePlan:
         ]
 
 
-def plan_update(schedule: Schedule, index: int, start: int) -> UpdatePlan:
-    """The update that begins at position `start`; the job's last one has the samples that remain."""
-    values = schedule.at(start)
+def plan_update(schedule: Schedule, index: int, start: int, known: PhaseValues | None = None) -> UpdatePlan:
+    """The update that begins at position `start`; the job's last one has the samples that remain.
+
+    Args:
+        schedule: The job's.
+        index: Number of updates before this one.
+        start: Position of its first sample.
+        known: The values of an earlier update; while they hold, the schedule is not asked.
+    """
+    values = known if known is not None and start < known.until else schedule.at(start)
     return UpdatePlan(
         index=index,
         start=start,
@@ -82,7 +89,8 @@ def plan_update(schedule: Schedule, index: int, start: int) -> UpdatePlan:
 
 def forecast(schedule: Schedule, start: int, *, rank: int, size: int, width: int) -> Iterator[PassRequest]:
     """Every pass of one worker from position `start` to the job's end, should the world stay as it is."""
+    values: PhaseValues | None = None
     while start < schedule.end:
-        plan = plan_update(schedule, 0, start)
+        plan = plan_update(schedule, 0, start, values)
         yield from plan.passes(rank=rank, size=size, width=width)
-        start = plan.stop
+        start, values = plan.stop, plan.values
