@@ -3,14 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUNS := runs
 
-.PHONY: help train test check format bench clean
+.PHONY: help train test soak check format bench trial clean
 
 help:
 	@echo "make train   train on the embedded digits with a growing batch, and with a decaying learning rate beside it"
 	@echo "make test    run every check and test"
+	@echo "make soak    run the long trials of the test suite"
 	@echo "make check   run formatting, lint, type and layer checks only"
 	@echo "make format  format the code"
 	@echo "make bench   run the benchmarks that the README quotes (about 20 minutes)"
+	@echo "make trial   compare three strategies on Fashion-MNIST, three seeds each (at most an hour, resumable)"
 	@echo "make clean   remove the virtual environment, runs and caches"
 
 train: .venv/train
@@ -21,6 +23,9 @@ train: .venv/train
 
 test: check
 	$(BIN)/pytest
+
+soak: .venv/test
+	$(BIN)/pytest -m soak
 
 check: .venv/test
 	$(BIN)/ruff format --check .
@@ -34,6 +39,9 @@ format: .venv/test
 
 bench: .venv/test
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+trial: .venv/train
+	$(BIN)/python benchmarks/trial_fashion_mnist.py
 
 clean:
 	rm -rf .venv $(RUNS) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -147,7 +147,6 @@ def test_a_generator_that_the_user_installed_in_numpy_is_put_back(kind: Callable
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_generator_of_a_cuda_device_is_seeded_and_put_back() -> None:
     device = torch.device("cuda")
     torch.rand(3, device=device)

@@ -176,7 +176,6 @@ def test_released_memory_is_used_again_by_the_next_snapshot_and_only_then() -> N
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_snapshot_of_a_device_is_complete_when_it_returns() -> None:
     weight = torch.ones(1 << 22, device="cuda")
     for value in range(5):

@@ -194,7 +194,6 @@ def test_requests_are_served_in_order_and_no_further() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_on_a_gpu_are_those_of_the_cpu() -> None:
     def noise(batch: list[torch.Tensor]) -> list[torch.Tensor]:
         return [batch[0] + torch.randn_like(batch[0]), batch[1]]
