@@ -45,7 +45,8 @@ class PendingSums:
         self.sums = torch.zeros(self.numel, dtype=torch.float64, device=device)
         self.samples_per_pass: int | None = None
         self._places = places
-        self._moments: dict[int, Tensor] = {}
+        self._moments: dict[int, Tensor] = {}  # all of as many ghosts
+        self._num_ghosts = 0
         self._landing = _Landing(places, device)
 
     def clear(self) -> None:
@@ -56,8 +57,9 @@ class PendingSums:
 
     def add(self, index: int, moments: Tensor) -> None:
         """Hand in the moments [k, 2, C] of k ghosts of norm number `index`."""
-        if self._moments and (index in self._moments or _num_ghosts(self._moments) != moments.size(0)):
+        if index in self._moments or len(moments) != self._num_ghosts:
             self._add_moments()
+            self._num_ghosts = len(moments)
         self._moments[index] = moments
 
     def land(self, index: int) -> tuple[Tensor, Tensor]:
@@ -75,21 +77,21 @@ class PendingSums:
     def _add_moments(self) -> None:
         if not self._moments:
             return
-        num_ghosts = _num_ghosts(self._moments)
-        one = self.sums.new_ones((num_ghosts, 1))
+        any_moments = next(iter(self._moments.values()))
+        one = any_moments.new_ones((any_moments.size(0), 1))
         blocks = []
         for index, place in enumerate(self._places):
             moments = self._moments.get(index)
-            blocks += [one.new_zeros((num_ghosts, place.length))] if moments is None else [one, moments.flatten(1)]
-        self.sums.add_(torch.cat(blocks, dim=1).sum(0))
+            blocks += [one.new_zeros((len(one), place.length))] if moments is None else [one, moments.flatten(1)]
+        self.sums.add_(torch.cat(blocks, dim=1).sum(0, dtype=torch.float64))
         self._moments.clear()
 
 
 class _Landing:
     """Room where kernels leave mean and variance of single ghosts.
 
-    A native kernel called with momentum 1 writes them into what it takes for running statistics. Given a slice of a flat
-    buffer there, a norm with one ghost costs nothing beyond plain batch norm.
+    A native kernel called with momentum 1 writes them into what it takes for running statistics. Given a slice of a
+    flat buffer there, a norm with one ghost costs nothing beyond plain batch norm.
     """
 
     def __init__(self, places: list[Place], device: torch.device) -> None:
@@ -99,14 +101,15 @@ class _Landing:
         self._rooms = {place.dtype: torch.zeros(numel, dtype=place.dtype, device=device) for place in places}
         for place in places:
             self._rooms[place.dtype][place.offset] = 1  # the count, ready to be added
+        self._empty = {dtype: room.clone() for dtype, room in self._rooms.items()}
         # Autograd keeps a kernel's running statistics and checks that nobody changed them before the backward pass,
         # which never reads them in training. `.data` has its own version counter, so that clearing is not noticed.
-        self._views = [self._rooms[place.dtype][place.values].view(2, -1).data for place in places]
-        self._pairs = [(view[0], view[1]) for view in self._views]
+        views = [self._rooms[place.dtype][place.values].view(2, -1).data for place in places]
+        self._pairs = [(view[0], view[1]) for view in views]
 
     def clear(self) -> None:
-        for view in self._views:
-            view.zero_()  # what is not finite would stay, even at momentum 1
+        for dtype, room in self._rooms.items():
+            room.copy_(self._empty[dtype])  # what is not finite would stay, even at momentum 1
         self.used.clear()
 
     def use(self, index: int) -> tuple[Tensor, Tensor]:
@@ -132,7 +135,3 @@ class Slot:
         self.sums = pending.sums
         self.index = index
         self.offset = offset
-
-
-def _num_ghosts(moments: dict[int, Tensor]) -> int:
-    return next(iter(moments.values())).size(0)

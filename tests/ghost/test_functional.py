@@ -161,6 +161,25 @@ def test_only_the_gradients_that_are_asked_for_are_made() -> None:
     torch.testing.assert_close(output[:4], plain)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 0.2), (torch.float16, 3e-2)]
+)
+def test_each_ghost_is_normalised_as_if_alone_on_cuda(
+    shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype, tolerance: float
+) -> None:
+    x = torch.randn(shape, device="cuda").to(dtype)
+    if channels_last and x.dim() in FORMATS:
+        x = x.contiguous(memory_format=FORMATS[x.dim()])
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, bias = torch.rand(2, shape[1], device="cuda", dtype=wide).unbind()
+    grad = torch.randn(shape, device="cuda").to(dtype)
+    assert_close(ours(x, weight, bias, grad, 2), reference(x, weight, bias, grad, 2), tolerance)
+
+
 def test_the_composed_form_computes_the_same() -> None:
     x, weight, bias = torch.randn(8, 3, 4, 4), torch.rand(3), torch.rand(3)
     for found, expected in zip(

@@ -1,0 +1,174 @@
+"""Ghost batch norm against torch's batch norm: the norm alone at the shapes of WRN-16-4, and a whole training step.
+
+Run `python benchmarks/bench_ghost.py`: JSON to stdout, a table to stderr. One thread; micro-batch 128, ghosts of 32 and
+of 128; contiguous and channels-last memory. Both take turns, so that what else the machine does meets both alike; the
+total over the shapes is weighted by time, as often as each occurs in the network. Promised are at most 1.05 for the
+norms, 1.02 for the step, and nothing extra (1.01) where the ghost is the micro-batch. `--quick` for a look, `--check`
+to fail where a promise is not kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from pairs import NUM_PAIRS, Elapsed, Pair, Work, interleave, milliseconds, publish, ratio_of, trusted_clock
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from elastic_batch.ghost import GhostBatchNorm2d, RunningStatistics, convert_batch_norm
+from elastic_batch.workloads.models import wide_resnet
+
+MICRO_BATCH = 128
+BOUND_NORMS, BOUND_STEP, BOUND_ONE_GHOST = 1.05, 1.02, 1.01
+WARM_UPS = 2
+FORMATS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
+Shape = tuple[int, int, int]  # channels, height, width
+
+
+def network() -> nn.Module:
+    """WRN-16-4 for CIFAR-10."""
+    return wide_resnet(16, 4, channels_in=3, num_classes=10)
+
+
+def norm_shapes() -> Counter[Shape]:
+    """What the network's batch norms get, and how often."""
+    found: Counter[Shape] = Counter()
+    model = network()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(lambda _, args: found.update([tuple(args[0].shape[1:])]))
+    model(torch.zeros(2, 3, 32, 32))
+    return found
+
+
+def compare_norms(shape: Shape, ghost: int, memory_format: torch.memory_format, num_pairs: int) -> list[Pair]:
+    """Forward and backward of one norm: (ours, torch's) for each pair."""
+    x, grad = torch.randn(2, MICRO_BATCH, *shape).unbind()
+    x = x.contiguous(memory_format=memory_format).requires_grad_()
+    grad = grad.contiguous(memory_format=memory_format)
+    plain, ours = nn.BatchNorm2d(shape[0]), GhostBatchNorm2d(shape[0], ghost)
+    statistics = RunningStatistics(ours)
+    pairs = interleave(norm_work(ours, x, grad), norm_work(plain, x, grad), num_pairs + WARM_UPS)
+    statistics.close()
+    return pairs[WARM_UPS:]
+
+
+def norm_work(norm: nn.BatchNorm2d, x: Tensor, grad: Tensor) -> Work:
+    """One forward and backward."""
+    return lambda: torch.autograd.grad(norm(x), (x, norm.weight, norm.bias), grad)
+
+
+def compare_steps(ghost: int, memory_format: torch.memory_format, num_pairs: int) -> list[Pair]:
+    """A training step of the network, running statistics included: (ours, torch's) for each pair."""
+    images = torch.randn(MICRO_BATCH, 3, 32, 32).contiguous(memory_format=memory_format)
+    labels = torch.randint(10, (MICRO_BATCH,))
+    converted = network()
+    convert_batch_norm(converted, ghost)
+    statistics = RunningStatistics(converted)
+
+    def update_statistics() -> None:
+        statistics.commit(statistics.sums())
+        statistics.begin()
+
+    ours = step_work(converted, memory_format, images, labels, update_statistics)
+    plain = step_work(network(), memory_format, images, labels, lambda: None)
+    pairs = interleave(ours, plain, num_pairs + 1)
+    statistics.close()
+    return pairs[1:]
+
+
+def step_work(
+    model: nn.Module, memory_format: torch.memory_format, images: Tensor, labels: Tensor, finish: Callable[[], None]
+) -> Work:
+    """One step of SGD with momentum."""
+    model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch's own: a keyword it does not list
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    def work() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        finish()
+
+    return work
+
+
+def total(by_shape: dict[Shape, list[Pair]], counts: Counter[Shape]) -> list[Pair]:
+    """The pairs of all the network's norms together."""
+
+    def together(side: int, number: int) -> Elapsed:
+        each = [(by_shape[shape][number][side], count) for shape, count in counts.items()]
+        return Elapsed(sum(one.wall * count for one, count in each), sum(one.cpu * count for one, count in each))
+
+    num_pairs = min(len(pairs) for pairs in by_shape.values())
+    return [(together(0, number), together(1, number)) for number in range(num_pairs)]
+
+
+def summarize(what: str, memory_format: str, ghost: int, pairs: list[Pair], bound: float | None) -> dict[str, Any]:
+    """One line's figures."""
+    clock = trusted_clock(pairs)
+    found = ratio_of(pairs, clock)
+    ours, plain = zip(*pairs, strict=True)
+    return {
+        "what": what,
+        "memory_format": memory_format,
+        "ghost_batch_size": ghost,
+        "plain_milliseconds": milliseconds(plain, clock),
+        "ghost_milliseconds": milliseconds(ours, clock),
+        "clock": clock,
+        **asdict(found),
+        "at_most": bound,
+        "promise": found.verdict(at_most=bound) if bound else "",
+    }
+
+
+def measure_norms(memory_format: str, ghost: int, num_pairs: int) -> list[dict[str, Any]]:
+    """Every shape, then their total."""
+    counts = norm_shapes()
+    by_shape = {shape: compare_norms(shape, ghost, FORMATS[memory_format], num_pairs) for shape in counts}
+    lines = [
+        summarize(f"{counts[shape]} norms of {'x'.join(map(str, shape))}", memory_format, ghost, pairs, None)
+        for shape, pairs in by_shape.items()
+    ]
+    bound = BOUND_ONE_GHOST if ghost == MICRO_BATCH else BOUND_NORMS
+    return [*lines, summarize("all norms", memory_format, ghost, total(by_shape, counts), bound)]
+
+
+HEAD = ("what", "memory", "ghost", "plain ms", "ghost ms", "ratio", "interval", "clock", "at most", "promise")
+
+
+def row(line: dict[str, Any]) -> list[object]:
+    """A line of the table."""
+    names = ("what", "memory_format", "ghost_batch_size", "plain_milliseconds", "ghost_milliseconds", "ratio")
+    interval = f"{line['low']:.3f} to {line['high']:.3f}"
+    return [*(line[name] for name in names), interval, line["clock"], line["at_most"] or "", line["promise"]]
+
+
+def main() -> int:
+    """Measure all and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few pairs, no training step")
+    parser.add_argument("--check", action="store_true", help="exit code 1 where a ratio is surely above its bound")
+    parser.add_argument("--pairs", type=int, default=0, help=f"how many; default: {NUM_PAIRS}, or 6 with --quick")
+    options = parser.parse_args()
+    num_pairs = options.pairs or (6 if options.quick else NUM_PAIRS)
+    torch.set_num_threads(1)
+    lines = []
+    for memory_format in FORMATS:
+        for ghost in (MICRO_BATCH // 4, MICRO_BATCH):
+            lines += measure_norms(memory_format, ghost, num_pairs)
+        if not options.quick:
+            pairs = compare_steps(MICRO_BATCH // 4, FORMATS[memory_format], num_pairs)
+            lines.append(summarize("training step", memory_format, MICRO_BATCH // 4, pairs, BOUND_STEP))
+    publish("ghost", {"micro_batch_size": MICRO_BATCH, "pairs": num_pairs, "cases": lines}, [HEAD, *map(row, lines)])
+    return int(options.check and any(line["promise"] == "broken" for line in lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
