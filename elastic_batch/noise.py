@@ -140,12 +140,15 @@ class NoiseScaleEstimator:
         self._variance = self._square = 0.0
         self._filled = 0.0  # sum of the averages' weights: what the bias correction divides by
         self._num_measured = 0
+        self._unmeasured_samples = 0
 
     def add(self, sums: NoiseSums, samples: int) -> None:
         """Take in one committed update of `samples` samples; one that cannot tell noise from signal is passed over."""
         measured = _estimate(sums)
         if measured is None:
+            self._unmeasured_samples += samples
             return
+        self._unmeasured_samples = 0
         variance, square = measured
         share = -math.expm1(-samples / self._horizon)
         self._variance += share * (variance - self._variance)
@@ -155,21 +158,25 @@ class NoiseScaleEstimator:
 
     @property
     def gradient_variance(self) -> float | None:
-        """S, smoothed; None before anything was measured."""
-        return self._variance / self._filled if self._filled else None
+        """S, smoothed; None before anything was measured, and when that is further back than the horizon."""
+        return self._variance / self._filled if self._filled and not self._is_stale else None
 
     @property
     def gradient_square(self) -> float | None:
-        """|G|^2, smoothed; it may be negative by chance. None before anything was measured."""
-        return self._square / self._filled if self._filled else None
+        """|G|^2, smoothed; it may be negative by chance. None as for the variance."""
+        return self._square / self._filled if self._filled and not self._is_stale else None
 
     @property
     def noise_scale(self) -> float | None:
         """S / |G|^2; None without enough data: less than a tenth of the horizon, or an estimate not yet positive."""
         enough = self._num_measured >= 2 and self._filled >= -math.expm1(-0.1)
-        if not enough or self._square <= 0 or self._variance <= 0:
+        if not enough or self._is_stale or self._square <= 0 or self._variance <= 0:
             return None
         return self._variance / self._square
+
+    @property
+    def _is_stale(self) -> bool:
+        return self._unmeasured_samples > self._horizon
 
     def state_dict(self) -> dict[str, float]:
         """The estimator as plain floats; the horizon is a setting and not part of it."""
@@ -178,6 +185,7 @@ class NoiseScaleEstimator:
             "gradient_square": self._square,
             "filled": self._filled,
             "num_measured": float(self._num_measured),
+            "unmeasured_samples": float(self._unmeasured_samples),
         }
 
     def load_state_dict(self, state: dict[str, float]) -> None:
@@ -186,6 +194,7 @@ class NoiseScaleEstimator:
         self._square = float(state["gradient_square"])
         self._filled = float(state["filled"])
         self._num_measured = int(state["num_measured"])
+        self._unmeasured_samples = int(state["unmeasured_samples"])
 
 
 def _estimate(sums: NoiseSums) -> tuple[float, float] | None:

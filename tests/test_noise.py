@@ -162,6 +162,27 @@ def test_a_short_history_is_not_enough_data() -> None:
     assert readings[7] is not None, "8 * 128 samples are a tenth of the horizon"
 
 
+def test_an_estimate_older_than_the_horizon_is_not_told_any_more() -> None:
+    known = NoiseSums(
+        num_workers=1, square_sum=3.0, inverse_weight_sum=1 / 32, gradient_square=1.0, weight=128, dataset_weight=1437
+    )
+    whole = NoiseSums(
+        num_workers=1, square_sum=1.0, inverse_weight_sum=1 / 128, gradient_square=1.0, weight=128, dataset_weight=1437
+    )
+    estimator = NoiseScaleEstimator(1280)
+    for _ in range(20):
+        estimator.add(known, 128)
+    told = estimator.noise_scale
+    assert told is not None
+    for _ in range(10):
+        estimator.add(whole, 128)
+    assert estimator.noise_scale == told
+    estimator.add(whole, 128)
+    assert estimator.noise_scale is estimator.gradient_square is estimator.gradient_variance is None
+    estimator.add(known, 128)
+    assert estimator.noise_scale is not None
+
+
 def test_an_estimate_below_zero_is_kept_in_the_average_and_reads_as_not_enough_data() -> None:
     estimator = NoiseScaleEstimator(1000)
     for _ in range(10):
