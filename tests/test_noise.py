@@ -163,12 +163,7 @@ def test_a_short_history_is_not_enough_data() -> None:
 
 
 def test_an_estimate_older_than_the_horizon_is_not_told_any_more() -> None:
-    known = NoiseSums(
-        num_workers=1, square_sum=3.0, inverse_weight_sum=1 / 32, gradient_square=1.0, weight=128, dataset_weight=1437
-    )
-    whole = NoiseSums(
-        num_workers=1, square_sum=1.0, inverse_weight_sum=1 / 128, gradient_square=1.0, weight=128, dataset_weight=1437
-    )
+    known, whole = _plain(10.0), _plain(10.0, weight=32.0)
     estimator = NoiseScaleEstimator(1280)
     for _ in range(20):
         estimator.add(known, 128)
