@@ -114,7 +114,7 @@ def choose_width(
             break
         if seconds * _LEAST_GAIN < best_seconds:
             best, best_seconds = width, seconds
-    logger.info("passes have %d micro-batches: %.3g s for each", best, best_seconds)
+    logger.info("micro-batches of a pass: %d (%.3g s for each)", best, best_seconds)
     return best
 
 
