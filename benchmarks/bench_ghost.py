@@ -87,7 +87,7 @@ def step_work(
     model: nn.Module, memory_format: torch.memory_format, images: Tensor, labels: Tensor, finish: Callable[[], None]
 ) -> Work:
     """One step of SGD with momentum."""
-    model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch's own: a keyword it does not list
+    model.to(memory_format=memory_format)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""Ghost batch norm as a differentiable function, in an eager form and in one that a compiler can fuse."""
+"""Ghost batch norm as a differentiable function, eager and under a compiler."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic_batch.ghost import native, planes, rows
-from elastic_batch.ghost.layout import Gradients, Normalized, channels_are_innermost, dense, num_bytes
-
-_LARGE_GHOST_BYTES = 128 * 1024
+from elastic_batch.ghost.compiled import normalize_op
+from elastic_batch.ghost.kernels import gradients, normalize
+from elastic_batch.ghost.layout import Normalized, dense
 
 
 def ghost_batch_norm(
@@ -29,10 +28,14 @@ def ghost_batch_norm(
     Returns:
         The normalised batch, and [k, 2, C]: mean and unbiased variance of each ghost, without gradients.
     """
-    if torch.compiler.is_compiling():
-        return composed(x, weight, bias, rows_per_ghost, eps)
-    output, statistics = _GhostBatchNorm.apply(dense(x), weight, bias, x.size(0) // rows_per_ghost, eps)
-    return output, statistics
+    num_ghosts = x.size(0) // rows_per_ghost
+    if not torch.compiler.is_compiling():
+        output, moments = _GhostBatchNorm.apply(dense(x), weight, bias, num_ghosts, eps)
+    elif x.device.type == "cpu":
+        output, moments, _ = normalize_op(x, weight, bias, num_ghosts, eps)
+    else:
+        output, moments = composed(x, weight, bias, rows_per_ghost, eps)
+    return output, moments
 
 
 def composed(
@@ -60,7 +63,7 @@ class _GhostBatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, num_ghosts: int, eps: float
     ) -> tuple[Tensor, Tensor]:
-        normalized = _normalize(x, weight, bias, num_ghosts, eps)
+        normalized = normalize(x, weight, bias, num_ghosts, eps)
         ctx.save_for_backward(x, weight, bias, *normalized[1:])
         ctx.eps = eps
         ctx.mark_non_differentiable(normalized.moments)
@@ -75,32 +78,10 @@ class _GhostBatchNorm(torch.autograd.Function):
         normalized = Normalized(x, *statistics)  # the output is not needed
         if torch.is_grad_enabled():  # create_graph=True: a gradient that can be differentiated again
             return _differentiable_gradients(ctx, grad, (x, weight, bias), x.size(0) // normalized.invstd.size(0))
-        found = _gradients(dense(grad, like=x), x, weight, normalized, needs_input=ctx.needs_input_grad[0])
+        found = gradients(dense(grad, like=x), x, weight, normalized, needs_input=ctx.needs_input_grad[0])
         of_weight = found.weight.to(weight.dtype) if ctx.needs_input_grad[1] else None
         of_bias = found.bias.to(bias.dtype) if ctx.needs_input_grad[2] else None
         return found.input, of_weight, of_bias, None, None
-
-
-def _has_fast_path(x: Tensor, num_ghosts: int) -> bool:
-    # On the CPU the native kernels are not the fastest way for large ghosts. What the others compute is the same.
-    is_large = num_bytes(x) >= num_ghosts * _LARGE_GHOST_BYTES
-    return is_large and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-
-
-def _normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, num_ghosts: int, eps: float) -> Normalized:
-    if channels_are_innermost(x) or not _has_fast_path(x, num_ghosts):
-        return native.normalize(x, weight, bias, num_ghosts, eps)
-    return planes.normalize(x, weight, bias, num_ghosts, eps)
-
-
-def _gradients(
-    grad: Tensor, x: Tensor, weight: Tensor | None, normalized: Normalized, *, needs_input: bool
-) -> Gradients:
-    if not needs_input or not _has_fast_path(x, normalized.invstd.size(0)):
-        return native.gradients(grad, x, weight, normalized, needs_input=needs_input)
-    if channels_are_innermost(x):
-        return rows.gradients(grad, x, weight, normalized)
-    return planes.gradients(grad, x, weight, normalized)
 
 
 def _differentiable_gradients(

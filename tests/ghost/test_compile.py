@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from elastic_batch.ghost import RunningStatistics, convert_batch_norm
+from elastic_batch.ghost.functional import composed, ghost_batch_norm
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +59,14 @@ def test_two_widths_are_two_graphs_and_equal_eager_training() -> None:
         torch.testing.assert_close(found.grad, wanted.grad)
     for name, buffer in twin.named_buffers():
         torch.testing.assert_close(model.get_buffer(name), buffer, msg=name)
+
+
+def test_the_form_for_compilers_of_other_devices_takes_any_number_of_ghosts() -> None:
+    compiled = torch.compile(lambda x: composed(x, None, None, 4, 1e-5), fullgraph=True, backend="aot_eager")
+    for num_samples in (4, 12, 20):
+        x = images(num_samples)
+        for found, expected in zip(compiled(x), ghost_batch_norm(x, None, None, 4, 1e-5), strict=True):
+            torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("compile_outside", [False, True], ids=["checkpoint of compiled", "compiled checkpoint"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from elastic_batch.ghost import functional
+from elastic_batch.ghost import kernels
 from elastic_batch.ghost.functional import composed, ghost_batch_norm
 
 EPS = 1e-5
@@ -28,7 +28,7 @@ class Results(NamedTuple):
 @pytest.fixture(params=["native kernels", "kernels for large ghosts"])
 def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     large = 0 if "large" in request.param else 1 << 40
-    monkeypatch.setattr(functional, "_LARGE_GHOST_BYTES", large)
+    monkeypatch.setattr(kernels, "_LARGE_GHOST_BYTES", large)
 
 
 def leaf(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
