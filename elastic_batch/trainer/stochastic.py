@@ -158,9 +158,9 @@ class _Stream:
 
     def run(self, function: Callable[[Tensor], Tensor], chunks: Sequence[Tensor]) -> list[Tensor]:
         """Call for each micro-batch, under its own state."""
-        newest = len(self._before) - 1
-        number = self._generator.initial_seed() - _MARK if is_recomputing() else newest
-        if is_recomputing() and not 0 <= number < newest:
+        newest, repeats = len(self._before) - 1, is_recomputing()
+        number = self._generator.initial_seed() - _MARK if repeats else newest
+        if repeats and not 0 <= number < newest:
             raise MisusedTrainer(
                 "activation checkpointing repeats a dropout whose random state it did not keep; "
                 "call torch.utils.checkpoint.checkpoint with preserve_rng_state=True, or use one micro-batch per pass"
@@ -170,9 +170,10 @@ class _Stream:
             self._generator.set_state(state)
             outputs.append(function(chunk))
             after.append(self._generator.get_state())
-        if number == newest:
+        marked = self._seeded(_MARK + number + 1)
+        if not repeats:
             self._before.append(after)
-        self._marked = self._seeded(_MARK + number + 1)
+            self._marked = marked
         return outputs
 
     def _seeded(self, seed: int) -> Tensor:

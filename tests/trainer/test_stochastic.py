@@ -93,6 +93,7 @@ def run(net: nn.Module, width: int, num_micro_batches: int = 12) -> tuple[Tensor
             output = net(batch)
             assert draws.stray() is None
             (output**2).sum().backward()
+            assert draws.stray() is None
         outputs.append(output.detach())
     return torch.cat(outputs), [parameter.grad for parameter in net.parameters()], statistics.sums()  # type: ignore[misc]
 
