@@ -18,7 +18,7 @@ train_set = TensorDataset(images, labels)
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-accelerator = Accelerator()
+accelerator = Accelerator(cpu=True)
 
 pass_size = PER_DEVICE_BATCH_SIZE * accelerator.num_processes
 spec = MilestoneSchedule.of(
