@@ -8,21 +8,19 @@ fail where the promise is not kept.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from loops import WORKLOADS, open_plain_loop, open_trainer
+from loops import WORKLOADS, block, plain_loop, trainer_loop
 from pairs import (
-    NUM_PAIRS,
     Elapsed,
     Pair,
     Ratio,
@@ -32,6 +30,7 @@ from pairs import (
     milliseconds,
     publish,
     ratio_of,
+    read_options,
     trusted_clock,
 )
 
@@ -61,29 +60,19 @@ CASES = [
 
 
 def compare(case: Case, num_pairs: int) -> list[Pair]:
-    """Measure blocks of updates: (theirs, ours) for each pair, so that the ratio is that of throughputs."""
+    """Measure both loops, block by block: (theirs, ours) for each pair. Its ratio is that of throughputs."""
     torch.set_num_threads(1)
-    trainer, ours = open_trainer(
-        WORKLOADS[case.workload], num_micro_batches=case.micro_batches * case.processes, compile=case.compiled
-    )
-    theirs = open_plain_loop(WORKLOADS[case.workload], num_micro_batches=case.micro_batches, compiled=case.compiled)
+    workload, count = WORKLOADS[case.workload], case.micro_batches
     measure = elapsed if case.processes == 1 else elapsed_together
-    warm_ups = [pair for _ in range(WARM_UPS) for pair in interleave(block(theirs), block(ours), 1, measure)]
-    fastest = min(each.cpu / case.processes for pair in warm_ups for each in pair)
-    num_updates = max(1, round(BLOCK_SECONDS / fastest))
-    pairs = interleave(block(theirs, num_updates), block(ours, num_updates), num_pairs, measure)
-    trainer.close()
-    return [tuple(Elapsed(each.wall / num_updates, each.cpu / num_updates) for each in pair) for pair in pairs]  # type: ignore[misc]  # of two
-
-
-def block(loop: Iterator[Any], num_updates: int = 1) -> Work:
-    """The work of some updates."""
-
-    def work() -> None:
-        for _ in range(num_updates):
-            next(loop)
-
-    return work
+    with (
+        closing(plain_loop(workload, num_micro_batches=count, compiled=case.compiled)) as theirs,
+        closing(trainer_loop(workload, num_micro_batches=count * case.processes, compile=case.compiled)) as ours,
+    ):
+        warm_ups = [pair for _ in range(WARM_UPS) for pair in interleave(block(theirs), block(ours), 1, measure)]
+        fastest = min(each.cpu / case.processes for pair in warm_ups for each in pair)
+        num_updates = max(1, round(BLOCK_SECONDS / fastest))
+        pairs = interleave(block(theirs, num_updates), block(ours, num_updates), num_pairs, measure)
+    return [(first.divided(num_updates), second.divided(num_updates)) for first, second in pairs]
 
 
 def elapsed_together(work: Work) -> Elapsed:
@@ -170,13 +159,8 @@ HEAD = ("model", "processes", "mode", "micro-batches", "plain ms", "trainer ms",
 
 def main() -> int:
     """Run every case and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few pairs, nothing compiled")
-    parser.add_argument("--check", action="store_true", help="exit code 1 where a ratio is surely below the bound")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--pairs", type=int, default=0, help=f"how many; default: {NUM_PAIRS}, or 6 with --quick")
-    options = parser.parse_args()
-    num_pairs = options.pairs or (6 if options.quick else NUM_PAIRS)
+    options = read_options(__doc__, quick="few pairs, nothing compiled", only="cases")
+    num_pairs = options.pairs
     cases = [case for case in CASES if options.only in str(case) and not (options.quick and case.compiled)]
     together = [case for case in cases if case.processes > 1]
     measured = dict(zip(together, run_world(together, num_pairs), strict=True)) if together else {}

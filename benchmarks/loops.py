@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from elastic_batch import Trainer, convert_batch_norm
 from elastic_batch.schedule import Duration, MilestoneSchedule
 from elastic_batch.workloads.models import wide_resnet
 
-VOCABULARY, CONTEXT, NUM_CLASSES = 512, 64, 10
+VOCABULARY, CONTEXT, NUM_CLASSES = 256, 64, 10
 
 
 class TransformerLayer(nn.Module):
@@ -43,7 +44,7 @@ class TransformerLayer(nn.Module):
 class Transformer(nn.Module):
     """A small causal language model: tokens [B, T] -> logits [B * T, vocabulary]."""
 
-    def __init__(self, width: int = 128, num_layers: int = 4, num_heads: int = 4) -> None:
+    def __init__(self, width: int = 128, num_layers: int = 2, num_heads: int = 4) -> None:
         super().__init__()
         self.tokens = nn.Embedding(VOCABULARY, width)
         self.places = nn.Parameter(0.02 * torch.randn(CONTEXT, width))
@@ -77,7 +78,7 @@ WORKLOADS = {
     "WRN-10-1, 32 images of 28x28": Workload(
         lambda: wide_resnet(10, 1, channels_in=1, num_classes=NUM_CLASSES), _images, 32
     ),
-    "transformer, 16 texts of 64 tokens": Workload(Transformer, _texts, 16),
+    "transformer, 8 texts of 64 tokens": Workload(Transformer, _texts, 8),
 }
 _NUM_SAMPLES = 4096
 
@@ -92,12 +93,12 @@ def _parts(workload: Workload) -> tuple[nn.Module, torch.optim.Optimizer, Tensor
     """The same for both loops: weights, optimizer, data."""
     torch.manual_seed(0)
     data = workload.make_data(_NUM_SAMPLES)
-    model = workload.make_model().to(memory_format=torch.contiguous_format)
+    model = workload.make_model()
     return model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9), data
 
 
-def open_trainer(workload: Workload, *, num_micro_batches: int, **options: Any) -> tuple[Trainer, Iterator[Tensor]]:
-    """The trainer, and its loop: each `next` does one update and gives its mean loss.
+def trainer_loop(workload: Workload, *, num_micro_batches: int, **options: Any) -> Generator[float, None, None]:
+    """The trainer's loop: each `next` does one update and gives its mean loss; to be closed.
 
     Args:
         workload: What is trained.
@@ -112,19 +113,16 @@ def open_trainer(workload: Workload, *, num_micro_batches: int, **options: Any) 
         factor=5,
         max_duration=Duration.parse("1000000ep"),
     )
-    trainer = Trainer(model, optimizer, data, schedule, micro_batch_size=workload.micro_batch_size, **options)
-
-    def loop() -> Iterator[Any]:
+    size = workload.micro_batch_size
+    with Trainer(model, optimizer, data, schedule, micro_batch_size=size, **options) as trainer:
         for update in trainer.updates():
             for batch in update:
                 update.backward(loss_of(model, batch))
             update.step()
             yield update.loss
 
-    return trainer, loop()
 
-
-def open_plain_loop(workload: Workload, *, num_micro_batches: int, compiled: bool = False) -> Iterator[float]:
+def plain_loop(workload: Workload, *, num_micro_batches: int, compiled: bool = False) -> Generator[float, None, None]:
     """What a script without the trainer does: each `next` does one update and gives its mean loss.
 
     Batch norms are the trainer's modules, so that the kernels are the same. In a process group the model is wrapped in
@@ -139,10 +137,12 @@ def open_plain_loop(workload: Workload, *, num_micro_batches: int, compiled: boo
     convert_batch_norm(model, workload.micro_batch_size)
     if compiled:
         model.compile()
-    wrapped = model
+    wrapped: nn.Module = model
     if dist.is_initialized():
-        # The fastest settings: gradients are reduced where they are accumulated, running statistics stay local.
-        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch have another name for one of them
+            # The fastest settings: gradients are reduced where they are accumulated, running statistics stay local.
+            wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
     batches = _batches(data, workload.micro_batch_size)
     while True:
         total = torch.zeros(())
@@ -164,3 +164,13 @@ def _batches(data: TensorDataset, size: int) -> Iterator[list[Tensor]]:
         for start in range(0, len(data) - size + 1, size):
             index = order[start : start + size]
             yield [tensor.index_select(0, index) for tensor in data.tensors]
+
+
+def block(loop: Iterator[float], num_updates: int = 1) -> Callable[[], None]:
+    """Some updates of a loop, as one piece of work."""
+
+    def work() -> None:
+        for _ in range(num_updates):
+            next(loop)
+
+    return work

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 NUM_PAIRS = 24
@@ -37,6 +39,10 @@ class Elapsed:
         """The seconds of one of the two clocks."""
         return self.wall if clock == "wall" else self.cpu
 
+    def divided(self, parts: int) -> Elapsed:
+        """What one of so many equal parts took."""
+        return Elapsed(self.wall / parts, self.cpu / parts)
+
 
 Pair = tuple[Elapsed, Elapsed]
 
@@ -58,6 +64,33 @@ class Ratio:
             return "holds"
         is_outside = (at_least is not None and self.high < at_least) or (at_most is not None and self.low > at_most)
         return "broken" if is_outside else "undecided"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What every benchmark can be told."""
+
+    pairs: int
+    quick: bool
+    check: bool
+    only: str
+
+
+def read_options(description: str | None, *, quick: str, only: str = "cases") -> Options:
+    """Read the command line.
+
+    Args:
+        description: What the benchmark says about itself.
+        quick: What it leaves out for a quick look.
+        only: What it has several of.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--check", action="store_true", help="exit code 1 where a promise is surely broken")
+    parser.add_argument("--only", default="", help=f"{only} whose description contains this")
+    parser.add_argument("--pairs", type=int, help=f"how many pairs; default: {NUM_PAIRS}, or 6 with --quick")
+    given = parser.parse_args()
+    return Options(given.pairs or (6 if given.quick else NUM_PAIRS), given.quick, given.check, given.only)
 
 
 def elapsed(work: Work) -> Elapsed:
@@ -101,10 +134,7 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
 
     The median is that of pairs, so that neither a slow drift of the machine nor a few disturbed pairs move it.
     """
-    ratios = np.asarray(numerators) / np.asarray(denominators)
-    drawn = np.random.default_rng(0).choice(ratios, (_RESAMPLES, len(ratios)))
-    low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
-    return Ratio(round(float(np.median(ratios)), 4), round(float(low), 4), round(float(high), 4))
+    return Ratio(*(round(value, 4) for value in _median(np.asarray(numerators) / np.asarray(denominators))))
 
 
 def ratio_of(pairs: Sequence[Pair], clock: Clock) -> Ratio:
@@ -130,6 +160,11 @@ def trusted_clock(pairs: Sequence[Pair], num_processes: int = 1) -> Clock:
     return "wall" if used > _OURS_ALONE else "cpu"
 
 
+def difference_of(pairs: Sequence[Pair], clock: Clock) -> tuple[float, float, float]:
+    """By how many seconds the first of each pair takes longer: the median, and its 95 % interval as for ratios."""
+    return _median(np.array([one.by(clock) - other.by(clock) for one, other in pairs]))
+
+
 def publish(benchmark: str, results: Mapping[str, Any], table: Sequence[Sequence[object]]) -> None:
     """Print the results: one JSON object to stdout, and a table for people, its head first, to stderr."""
     machine = {
@@ -145,6 +180,13 @@ def publish(benchmark: str, results: Mapping[str, Any], table: Sequence[Sequence
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     for row in texts:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=sys.stderr)
+
+
+def _median(values: npt.NDArray[np.float64]) -> tuple[float, float, float]:
+    """The median and its 95 % interval, by bootstrap."""
+    drawn = np.random.default_rng(0).choice(values, (_RESAMPLES, len(values)))
+    low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
+    return float(np.median(values)), float(low), float(high)
 
 
 def _processor() -> str:
