@@ -59,6 +59,11 @@ class SteeredOptimizer:
         Raises:
             MisusedTrainer: Somebody has.
         """
+        if len(self.optimizer.param_groups) != len(self._expected):
+            raise MisusedTrainer(
+                f"the optimizer has {len(self.optimizer.param_groups)} parameter groups, and had {len(self._expected)} "
+                "when the trainer was made; add all groups before"
+            )
         for group, expected in zip(self.optimizer.param_groups, self._expected, strict=True):
             if _number(group["lr"]) != expected:
                 raise MisusedTrainer(

@@ -379,7 +379,7 @@ class Trainer:
                 raise
         header = update.committed_header
         if header.stop:
-            self.stop_reason = self._stop_wanted or "another worker asked for it"
+            self.stop_reason, self._stop_wanted = self._stop_wanted or "another worker asked for it", None
         self._recorder.maybe_checkpoint(self._state.collect, update.plan.start, self.position, self.num_updates)
         if header.leave or header.regroup:
             self._enter_next_world(machinery)

@@ -118,3 +118,11 @@ def test_every_trained_parameter_is_listed_once() -> None:
     shared, frozen = _parameter(), nn.Parameter(torch.zeros(1), requires_grad=False)
     optimizer = torch.optim.SGD([{"params": [shared, frozen]}], lr=0.1)
     assert SteeredOptimizer(optimizer).parameters == [shared]
+
+
+def test_parameter_groups_that_come_later_are_refused() -> None:
+    optimizer = torch.optim.SGD([_parameter()], lr=0.1)
+    steered = SteeredOptimizer(optimizer)
+    optimizer.add_param_group({"params": [_parameter()]})
+    with pytest.raises(MisusedTrainer, match="has 2 parameter groups, and had 1"):
+        steered.check()

@@ -56,6 +56,18 @@ def test_stop_on_one_worker_stops_all_after_the_same_update() -> None:
     assert [reason for _, reason in results] == ["another worker asked for it", "enough", "another worker asked for it"]
 
 
+def test_a_run_that_was_stopped_can_go_on() -> None:
+    with _trainer() as trainer:
+        for update in _losing_loop(trainer):
+            if update.index == 1:
+                trainer.stop("a pause")
+        assert trainer.num_updates == 3
+        for update in _losing_loop(trainer):
+            if update.index == 5:
+                break
+        assert trainer.num_updates == 6
+
+
 def test_break_on_every_worker_hangs_nobody_and_evaluation_still_works() -> None:
     assert run_world(3, training.break_off, _PLAN, 5) == [5, 5, 5]
 
