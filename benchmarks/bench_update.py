@@ -113,12 +113,12 @@ def work_in_world(rank: int, port: int, cases: list[Case], num_pairs: int, resul
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", GLOO_SOCKET_IFNAME="lo"
     )
+    dist.init_process_group("gloo")
     for case in cases:
-        dist.init_process_group("gloo")
         pairs = compare(case, num_pairs)
-        dist.destroy_process_group()
         if rank == 0:
             results.send(pairs)
+    dist.destroy_process_group()
 
 
 def _too_late() -> list[Pair]:
