@@ -56,7 +56,6 @@ class Result:
     updates: int
     planned_updates: int
     accuracy: float
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -226,9 +225,9 @@ def in_words(verdict: Verdict) -> str:
 
 def read_result(trial: Trial, directory: Path) -> Result:
     """Read what a finished run did."""
-    summary, accuracy = read_summary(directory), final_accuracy(directory)
+    summary = read_summary(directory)
     updates, planned = summary["updates"], summary["planned_updates"]
-    return Result(trial.strategy, trial.seed, updates, planned, accuracy, summary["seconds"])
+    return Result(trial.strategy, trial.seed, updates, planned, final_accuracy(directory))
 
 
 def is_finished(directory: Path) -> bool:

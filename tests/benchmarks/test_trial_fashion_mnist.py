@@ -58,7 +58,7 @@ def options(runs: Path, minutes: float = 1) -> argparse.Namespace:
 
 
 def result(trial: ModuleType, strategy: str, accuracy: float, updates: int = 10) -> Any:
-    return trial.Result(strategy, 0, updates, 10, accuracy, 1.0)
+    return trial.Result(strategy, 0, updates, 10, accuracy)
 
 
 def verdict(trial: ModuleType, decay: tuple[float, ...], grow: tuple[float, ...], updates: int = 10) -> Any:
