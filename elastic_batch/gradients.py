@@ -107,10 +107,11 @@ class GradientBuckets:
         """Scale the reduced sums by `factor` and give each parameter its gradient.
 
         Args:
-            factor: One over the update's weight, times a clipping factor.
+            factor: What the division by the update's weight still asks for, times a clipping factor; often 1.
             seen_by_any: For each parameter, whether any worker has a gradient for it; the others keep `None`.
         """
-        torch._foreach_mul_(self._flats, factor)
+        if factor != 1:
+            torch._foreach_mul_(self._flats, factor)
         for slot, seen in zip(self._slots, seen_by_any, strict=True):
             if not seen:
                 slot.parameter.grad = None

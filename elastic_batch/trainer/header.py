@@ -33,7 +33,7 @@ class Header:
     regroup: bool
     stop: bool
     gradient_norm: float
-    """Norm of the reduced sum of gradients, without the loss scale."""
+    """Norm of the gradient of the summed losses."""
     seen: tuple[bool, ...]
     """For each parameter, whether any worker has a gradient for it."""
 
@@ -70,15 +70,15 @@ class Tally:
         self.first_pass_weight: Tensor | float | None = None
         self.first_pass_norms: list[Tensor] = []
 
-    def add(self, loss_sum: Tensor, weight: Tensor | float) -> None:
-        """Count one pass: its loss sum (0-dim) and its weight."""
-        self.loss_sum = self.loss_sum + loss_sum.detach()
+    def add(self, loss: Tensor, count: int, weight: Tensor | float) -> None:
+        """Count one pass: its loss sum, as a 0-dim tensor times a count, and its weight."""
+        self.loss_sum = torch.add(self.loss_sum, loss.detach(), alpha=count)
         self.weight = self.weight + (weight.detach().double() if isinstance(weight, Tensor) else weight)
         if self.first_pass_weight is None:
             self.first_pass_weight = self.weight
 
     def pack(
-        self, *, failed: bool, wishes: Wishes, stop: bool, seen: tuple[bool, ...], statistics: Tensor, scale: float
+        self, *, failed: bool, wishes: Wishes, stop: bool, seen: tuple[bool, ...], statistics: Tensor, divisor: float
     ) -> Tensor:
         """This worker's header.
 
@@ -88,16 +88,16 @@ class Tally:
             stop: Whether this worker wants the run to end after this update.
             seen: For each parameter, whether this worker has a gradient for it.
             statistics: Float64 sums of the batch norms.
-            scale: The factor in the gradients, from the loss scaler.
+            divisor: What loss sums were divided by before their backward.
 
         Returns:
             Float64 vector.
         """
         flags = (1, failed, wishes.leave, wishes.regroup, stop)
-        numbers = self._numbers((*flags, self.weight, self.loss_sum, *self._first_pass(scale)))
+        numbers = self._numbers((*flags, self.weight, self.loss_sum, *self._first_pass(divisor)))
         return torch.cat([numbers, self._seen_bits(seen), statistics])
 
-    def _first_pass(self, scale: float) -> tuple[Tensor | float, ...]:
+    def _first_pass(self, divisor: float) -> tuple[Tensor | float, ...]:
         """Whether there was a first pass with a weight, its |s|^2 / w^2, and 1 / w."""
         weight = self.first_pass_weight
         if weight is None or not self.first_pass_norms:
@@ -108,7 +108,7 @@ class Tally:
         else:
             counts, inverse = weight > 0, 1 / weight if weight > 0 else 0.0
         norm = torch.linalg.vector_norm(torch.stack(self.first_pass_norms), dtype=torch.float64)
-        return counts, (norm * (inverse / scale)).square(), inverse
+        return counts, (norm * (inverse * divisor)).square(), inverse
 
     def _numbers(self, numbers: Sequence[Tensor | float]) -> Tensor:
         """One vector of numbers from the host and from the device, which is not waited for."""
@@ -125,14 +125,14 @@ class Tally:
         return self._bits[1]
 
 
-def unpack(header: Tensor, norms: Sequence[Tensor], num_parameters: int, *, scale: float) -> tuple[Header, Tensor]:
+def unpack(header: Tensor, norms: Sequence[Tensor], num_parameters: int, *, divisor: float) -> tuple[Header, Tensor]:
     """Read a reduced header: two copies to the host.
 
     Args:
         header: As packed, summed over the workers.
         norms: Norm of each reduced bucket.
         num_parameters: How many parameters have a bit in it.
-        scale: The factor in the gradients, from the loss scaler.
+        divisor: What loss sums were divided by before their backward.
 
     Returns:
         The header, and the summed statistics of the batch norms (still on the device).
@@ -151,7 +151,7 @@ def unpack(header: Tensor, norms: Sequence[Tensor], num_parameters: int, *, scal
         leave=field["leave"] > 0,
         regroup=field["regroup"] > 0,
         stop=field["stop"] > 0,
-        gradient_norm=math.hypot(*torch.stack(list(norms)).tolist()) / scale,
+        gradient_norm=math.hypot(*torch.stack(list(norms)).tolist()) * divisor,
         seen=tuple(value > 0 for value in values[len(_FIELDS) :]),
     )
     return read, header[end:]

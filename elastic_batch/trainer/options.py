@@ -65,7 +65,7 @@ class TrainerOptions:
     noise_horizon: int | None = None
     """Samples over which the measured noise scale is smoothed. None: a tenth of an epoch, at least 50 first batches."""
     check_loss: bool = True
-    """Compare the loss over the first micro-batch with those over its halves: a mean over samples is required."""
+    """Compare the gradient over the first micro-batch with those over its halves: a mean over samples is required."""
     check_every: int = 500
     """Updates between comparisons of the workers' parameters. 0: never."""
     checkpoint_every: str | None = "1ep"

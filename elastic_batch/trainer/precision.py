@@ -28,21 +28,21 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 class LossScaler:
-    """The factor that keeps fp16 gradients away from zero.
+    """What loss sums are divided by before their backward, so that fp16 gradients stay away from zero.
 
-    Backward runs on loss_sum * factor; the division by the update's weight takes the factor out again. Half of the
-    factor is a power of two near a micro-batch's nominal weight, because a sum of losses is that much larger than the
-    mean for which scales are usually chosen. Overflow is judged on the reduced gradient, so that all workers judge
-    alike.
+    The division by the update's weight makes up for it. Without scaling it is the number of the update's samples: with
+    mean losses that is the weight, and the gradient needs no further division. With scaling it is a power of two near a
+    micro-batch's nominal weight, which makes a sum of losses about a mean, over the scale. Overflow is judged on the
+    reduced gradient, so that all workers judge alike.
 
     Args:
-        precision: Scaling is off (a factor of 1) unless it is `fp16`.
+        precision: Scaling is off unless it is `fp16`.
         nominal_weight: Samples of a micro-batch.
     """
 
     def __init__(self, precision: Precision, nominal_weight: int) -> None:
         self._enabled = precision == "fp16"
-        self._shift = 2.0 ** -round(math.log2(nominal_weight))
+        self._nominal_weight = 2.0 ** round(math.log2(nominal_weight))
         self.scale = _INITIAL_SCALE
         self._good_updates = 0
 
@@ -50,10 +50,9 @@ class LossScaler:
     def enabled(self) -> bool:
         return self._enabled
 
-    @property
-    def factor(self) -> float:
-        """What the loss sum is multiplied by."""
-        return self.scale * self._shift if self._enabled else 1.0
+    def divisor(self, num_samples: int) -> float:
+        """What loss sums are divided by in an update of `num_samples` samples."""
+        return self._nominal_weight / self.scale if self._enabled else num_samples
 
     def record(self, *, overflow: bool) -> None:
         """Adapt the scale after an update: halve it on overflow, double it after a long time without."""

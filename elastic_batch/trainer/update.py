@@ -96,6 +96,7 @@ class Update:
         self._requests = requests
         self._machinery = machinery
         self._on_commit = on_commit
+        self._divisor = machinery.scaler.divisor(self.global_batch_size)
         self._num_done = 0
         self._awaits_backward = False
         self._mean_check: MeanCheck | None = None
@@ -195,11 +196,9 @@ class Update:
         if self._draws is not None and (reason := self._draws.stray()):
             self.failure = Failure(Severity.NARROWER, f"passes have one micro-batch from here on: {reason}")
             return
-        if weight is None:
-            weight = self._num_samples(self._requests[self._num_done])
-            loss = loss * weight
+        count = self._num_samples(self._requests[self._num_done]) if weight is None else 1
         try:
-            self._accumulate(loss, weight)
+            self._accumulate(loss, count, count if weight is None else weight)
         except WorldBroken as error:
             self._break(error)
         except (RuntimeError, MemoryError) as error:
@@ -281,15 +280,15 @@ class Update:
         finally:
             self._mean_check = None
 
-    def _accumulate(self, loss_sum: Tensor, weight: Tensor | float) -> None:
+    def _accumulate(self, loss: Tensor, count: int, weight: Tensor | float) -> None:
         machinery = self._machinery
         is_first, is_last = self._num_done == 0, self._num_done + 1 == len(self._requests)
-        machinery.tally.add(loss_sum, weight)
-        if machinery.scaler.enabled:
-            loss_sum = loss_sum * machinery.scaler.factor
+        machinery.tally.add(loss, count, weight)
+        if count != self._divisor:
+            loss = loss * (count / self._divisor)
         engine, norms = (machinery.engine, self._norms_on_launch()) if is_last else (None, None)
         with machinery.buckets.accepting(engine, norms), no_autocast(machinery.device):
-            loss_sum.backward()
+            loss.backward()
         if is_first and not is_last and machinery.estimator:
             machinery.tally.first_pass_norms = machinery.buckets.norms()
         self._num_done += 1
@@ -314,7 +313,7 @@ class Update:
                 stop=machinery.stop_wanted(),
                 seen=buckets.seen,
                 statistics=machinery.statistics.sums(),
-                scale=machinery.scaler.factor,
+                divisor=self._divisor,
             )
             handle = engine.all_reduce(packed)
         except WorldBroken:
@@ -323,7 +322,7 @@ class Update:
             raise
         buckets.wait()
         handle.wait()
-        return unpack(packed, buckets.norms(), buckets.num_parameters, scale=machinery.scaler.factor)
+        return unpack(packed, buckets.norms(), buckets.num_parameters, divisor=self._divisor)
 
     def _commit(self, header: Header, statistics: Tensor) -> None:
         machinery = self._machinery
@@ -345,7 +344,7 @@ class Update:
 
     def _apply(self, header: Header, statistics: Tensor) -> None:
         machinery = self._machinery
-        factor = 1 / (header.weight * machinery.scaler.factor)
+        factor = self._divisor / header.weight
         if machinery.max_grad_norm is not None:
             # As torch.nn.utils.clip_grad_norm_ does, its guard against a norm of 0 included.
             factor *= min(1.0, machinery.max_grad_norm / (header.gradient_norm / header.weight + 1e-6))

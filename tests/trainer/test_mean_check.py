@@ -54,6 +54,29 @@ def test_other_losses_are_refused(loss: Callable[[Any], Tensor]) -> None:
         _check(loss)
 
 
+def test_slight_class_weights_are_found_in_an_untrained_classifier() -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(32, 10, bias=False)
+    model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), head)
+    with torch.no_grad():
+        head.weight.mul_(0.01)  # every loss is within a few thousandths of log 10
+    images, labels = torch.randn(64, 20), torch.arange(64) % 10
+    weights = torch.ones(10)
+    weights[:3] = 2.0
+    check = MeanCheck(model, (images, labels), 64)
+    for images, labels in check.parts():
+        check.record(F.cross_entropy(model(images), labels, weight=weights))
+    with pytest.raises(MisusedTrainer, match="not a mean over samples"):
+        check.verify()
+
+
+def test_what_has_no_such_gradient_is_left_to_the_backward() -> None:
+    check = MeanCheck(_MODEL, _batch(), 8)
+    for _ in check.parts():
+        check.record(torch.tensor(1.0))
+    check.verify()
+
+
 def test_batches_that_cannot_be_halved_are_left_alone() -> None:
     assert list(MeanCheck(_MODEL, {"edges": torch.zeros(3, 2), "nodes": torch.zeros(8)}, 8).parts()) == []
     assert list(MeanCheck(_MODEL, (torch.zeros(1, 4),), 1).parts()) == []

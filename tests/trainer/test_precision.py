@@ -7,17 +7,17 @@ import pytest
 from elastic_batch.trainer.precision import LossScaler
 
 
-def test_only_fp16_is_scaled() -> None:
-    assert LossScaler("float32", 32).factor == 1.0
-    assert LossScaler("bf16", 32).factor == 1.0
+def test_only_fp16_is_scaled_and_by_the_micro_batch_whatever_the_update() -> None:
+    assert LossScaler("float32", 32).divisor(96) == 96
+    assert LossScaler("bf16", 32).divisor(96) == 96
     scaler = LossScaler("fp16", 32)
-    assert scaler.factor == scaler.scale / 32
+    assert scaler.divisor(96) == scaler.divisor(32) == 32 / scaler.scale
 
 
 @pytest.mark.parametrize("nominal_weight", [1, 3, 100, 4096])
 def test_the_shift_is_a_power_of_two_near_the_weight(nominal_weight: int) -> None:
     scaler = LossScaler("fp16", nominal_weight)
-    shift = scaler.scale / scaler.factor
+    shift = scaler.scale * scaler.divisor(nominal_weight)
     assert shift.hex().startswith("0x1.0000000000000p")
     assert 0.7 < shift / nominal_weight < 1.42
 
