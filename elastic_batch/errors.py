@@ -54,6 +54,21 @@ class WorldBroken(ElasticBatchError):
         super().__init__(f"the world of generation {generation} is broken: {reason}")
 
 
+class NoNextWorld(WorldBroken):
+    """A world broke, and there is nobody who could form another one."""
+
+
+class LeftWorld(SystemExit):
+    """This worker left the world, or was never wanted, while the job goes on or is complete elsewhere.
+
+    Raised out of the loop over the updates; it ends the process with `code`: 0 if the job is complete, else 75.
+    """
+
+    def __init__(self, reason: str, *, job_is_complete: bool) -> None:
+        self.reason = reason
+        super().__init__(0 if job_is_complete else 75)
+
+
 class WorkerFailed(ElasticBatchError):
     """A failure of one worker that a repetition does not mend; every worker stops with that worker's error.
 

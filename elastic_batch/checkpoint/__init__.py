@@ -3,7 +3,7 @@
 from elastic_batch.checkpoint.fingerprint import Fingerprint, check_fingerprint
 from elastic_batch.checkpoint.locate import locate, open_checkpoint
 from elastic_batch.checkpoint.manifest import CheckpointInfo, Manifest
-from elastic_batch.checkpoint.state import check_state, snapshot
+from elastic_batch.checkpoint.state import check_state, put_together, snapshot, take_apart
 from elastic_batch.checkpoint.store import Checkpoint, CheckpointStore
 from elastic_batch.checkpoint.weights import export, plain_weights, read_weights
 from elastic_batch.checkpoint.writer import CheckpointWriter, WriterEvents
@@ -22,6 +22,8 @@ __all__ = [
     "locate",
     "open_checkpoint",
     "plain_weights",
+    "put_together",
     "read_weights",
     "snapshot",
+    "take_apart",
 ]

@@ -114,13 +114,36 @@ def compact(state: Any) -> Any:
     return _rebuild(state, "state", _once_each(without_surplus), frozenset())
 
 
+def take_apart(state: Any) -> tuple[Any, list[Tensor]]:
+    """Split a state into its nesting, which is small, and its tensors, each once, over the memory they have.
+
+    Returns:
+        The nesting, with 0-dim integer tensors in the tensors' places, and the tensors.
+
+    Raises:
+        UnsavableState: Something in it could not be read back without running code.
+    """
+    tensors: list[Tensor] = []
+
+    def number(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return torch.tensor(len(tensors) - 1)
+
+    return _rebuild(state, "state", _once_each(number), frozenset()), tensors
+
+
+def put_together(nesting: Any, tensors: list[Tensor]) -> Any:
+    """The state that `take_apart` split."""
+    return _rebuild(nesting, "state", lambda number: tensors[int(number)], frozenset())
+
+
 def _once_each(copy: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """`copy`, with one result for all names of the same memory."""
     copies: dict[_Key, tuple[Tensor, Tensor]] = {}
 
     def convert(tensor: Tensor) -> Tensor:
         if tensor.numel() == 0:
-            return tensor.cpu().clone()
+            return copy(tensor)
         key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
         if key not in copies:
             # The source is kept too, so that no other tensor can get its address meanwhile.

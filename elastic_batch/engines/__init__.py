@@ -9,10 +9,11 @@ import torch
 
 from elastic_batch.engines.distributed import DistributedEngine
 from elastic_batch.engines.launchers import LaunchedWorld, launched_world
-from elastic_batch.engines.protocol import Engine, FixedWorld, Handle, Membership, Wishes
+from elastic_batch.engines.protocol import Departure, Engine, FixedWorld, Handle, Membership, Stage, Standing, Wishes
 from elastic_batch.engines.solo import SoloEngine
 
 __all__ = [
+    "Departure",
     "DistributedEngine",
     "Engine",
     "FixedWorld",
@@ -20,6 +21,8 @@ __all__ = [
     "LaunchedWorld",
     "Membership",
     "SoloEngine",
+    "Stage",
+    "Standing",
     "Wishes",
     "open_membership",
 ]

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import stat
-from collections.abc import Iterable
 from contextlib import suppress
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import ProcessGroupGloo, Store
 
 from elastic_batch.engines.launchers import LaunchedWorld
 from elastic_batch.engines.protocol import Handle
+from elastic_batch.engines.sockets import Descriptors, open_sockets, opened_since, shut_down
 from elastic_batch.errors import WorldBroken
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
@@ -27,14 +26,16 @@ class DistributedEngine:
     """One world on a process group of its own.
 
     Args:
-        group: The process group, for this engine alone.
+        group: The process group or backend of torch.distributed, for this engine alone.
+        backend: gloo or nccl.
         generation: Which world this is.
-        sockets: Descriptors that were opened while the group formed; `abort` shuts them down.
+        sockets: What was opened while the group formed; `abort` shuts it down.
     """
 
-    def __init__(self, group: dist.ProcessGroup, generation: int, sockets: Iterable[int] = ()) -> None:
+    def __init__(self, group: Any, backend: str, generation: int, sockets: Descriptors | None = None) -> None:
         self._group = group
-        self._sockets = tuple(sockets)
+        self._backend = backend
+        self._sockets = sockets or {}
         self._aborted = False
         self.generation = generation
         self.rank = group.rank()
@@ -55,7 +56,7 @@ class DistributedEngine:
             WorldBroken: The others did not come within `timeout`.
         """
         backend = "nccl" if device.type == "cuda" else "gloo"
-        before = _open_sockets()
+        before = open_sockets()
         try:
             if not dist.is_initialized():
                 assert world is not None
@@ -72,36 +73,80 @@ class DistributedEngine:
             dist.all_reduce(torch.zeros(1, device=device), group=group)
         except (RuntimeError, ValueError) as error:
             raise WorldBroken(f"the world could not be formed: {_first_line(error)}", 0) from None
-        return cls(group, generation=0, sockets=_open_sockets() - before)
+        return cls(group, backend, generation=0, sockets=opened_since(before))
+
+    @classmethod
+    def form(
+        cls,
+        store: Store,
+        *,
+        rank: int,
+        size: int,
+        generation: int,
+        device: torch.device,
+        address: str,
+        timeout: timedelta = DEFAULT_TIMEOUT,
+    ) -> DistributedEngine:
+        """Form a world in a living process. Blocks until all workers are connected; nothing uses the store afterwards.
+
+        Args:
+            store: Where the workers of this generation, and no others, meet.
+            rank: This worker's place.
+            size: Number of workers.
+            generation: Which world this is.
+            device: Where the model lives: NCCL for CUDA, else gloo.
+            address: This host's, as the others can reach it.
+            timeout: How long to wait in each collective.
+
+        Raises:
+            WorldBroken: The store was withdrawn, or a worker did not come.
+        """
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        before = open_sockets()
+        try:
+            if backend == "nccl":
+                group = _nccl_group(store, rank, size, device, timeout)
+            else:
+                group = _gloo_group(store, rank, size, address, timeout)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise WorldBroken(f"the world could not be formed: {_first_line(error)}", generation) from None
+        engine = cls(group, backend, generation, opened_since(before))
+        engine.all_reduce(torch.zeros(1, device=device)).wait()  # NCCL connects at the first collective
+        return engine
 
     def all_reduce(self, tensor: Tensor) -> Handle:
-        return self._launch(dist.all_reduce, tensor, group=self._group)
+        return self._launch("allreduce", tensor, dist.AllreduceOptions())
 
     def broadcast(self, tensor: Tensor, source: int) -> Handle:
-        return self._launch(dist.broadcast, tensor, group=self._group, group_src=source)
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = source, 0
+        return self._launch("broadcast", tensor, options)
 
     def abort(self) -> None:
         self._aborted = True
-        if dist.get_backend(self._group) == "nccl":
-            self._group.abort()
+        group = self._group
+        if self._backend == "nccl" and group is not None:
+            group.abort()
             return
-        # gloo has no abort: a pending collective ends when its connections do.
-        for descriptor in self._sockets:
-            _shut_down(descriptor)
+        # gloo has no abort that wakes pending collectives: they end when their connections do.
+        shut_down(self._sockets)
 
     def close(self) -> None:
-        with suppress(RuntimeError, ValueError, AssertionError):
-            dist.destroy_process_group(self._group)
+        group, self._group, self._sockets = self._group, None, {}
+        # A group made by `form` is in none of torch's registries: it ends with its last reference.
+        if isinstance(group, dist.ProcessGroup):
+            with suppress(RuntimeError, ValueError, AssertionError):
+                dist.destroy_process_group(group)
 
     def check(self) -> None:
         """Raise `WorldBroken` after an abort."""
         if self._aborted:
             raise WorldBroken("aborted", self.generation)
 
-    def _launch(self, collective: Any, tensor: Tensor, **where: Any) -> Handle:
+    def _launch(self, collective: str, tensor: Tensor, options: object) -> Handle:
         self.check()
         try:
-            return _Pending(self, collective(tensor, async_op=True, **where))
+            return _Pending(self, getattr(self._group, collective)([tensor], options))
         except RuntimeError as error:
             raise WorldBroken(_first_line(error), self.generation) from None
 
@@ -125,19 +170,22 @@ def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]
 
 
-def _open_sockets() -> set[int]:
-    """Descriptors of this process that are sockets."""
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
-            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                found.add(int(name))
-    return found
+def _gloo_group(store: Store, rank: int, size: int, address: str, timeout: timedelta) -> Any:
+    options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # not in torch's stubs
+    options._timeout = timeout
+    options._devices = [_gloo_device(address)]
+    return ProcessGroupGloo(store, rank, size, options)
 
 
-def _shut_down(descriptor: int) -> None:
-    """Shut the connection behind `descriptor` down without closing the descriptor, which is its owner's."""
-    with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
-        # gloo ends the process when its listening socket fails.
-        if not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            connection.shutdown(socket.SHUT_RDWR)
+@cache
+def _gloo_device(address: str) -> Any:
+    """One for each address in a process's life: it has a thread of its own."""
+    return ProcessGroupGloo.create_device(hostname=address)
+
+
+def _nccl_group(store: Store, rank: int, size: int, device: torch.device, timeout: timedelta) -> Any:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    group = dist.ProcessGroupNCCL(store, rank, size, options)
+    group.eager_connect_single_device(device)
+    return group

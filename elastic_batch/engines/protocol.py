@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from elastic_batch.errors import WorldBroken
+from elastic_batch.errors import NoNextWorld
+
+Departure = Literal["left", "finished", "stopped"]
+"""How a worker ends. `stopped`: all of them did so after the same update, and the run can be resumed."""
+Stage = Literal["wait", "form", "sync", "compute", "reduce", "commit", "user", "evaluate", "end"]
+"""What a training thread is at: waiting for a world, forming it, agreeing on a state, running its share, reducing,
+committing, in the user's own code, evaluating, saving the last state."""
 
 
 class Handle(Protocol):
@@ -48,6 +55,25 @@ class Engine(Protocol):
         """Give back what the engine holds on this worker, without waiting for the others."""
 
 
+@dataclass(slots=True)
+class Standing:
+    """What a worker is at. The trainer keeps it up to date; whoever reports it reads it from another thread.
+
+    Attributes:
+        update: Updates committed.
+        position: Samples committed.
+        num_micro_batches: Micro-batches of the update that comes next.
+        stage: What the training thread is at.
+        ended: How this worker's part in the run ended; None: it did not, or with an error.
+    """
+
+    update: int = 0
+    position: int = 0
+    num_micro_batches: int = 1
+    stage: Stage = "wait"
+    ended: Departure | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Wishes:
     """What a worker would like to happen at the next boundary between updates."""
@@ -56,23 +82,47 @@ class Wishes:
     """This worker wants to leave the world."""
     regroup: bool = False
     """A new world waits to be formed."""
+    stop: str | None = None
+    """Why the whole run is to stop."""
 
 
 class Membership(Protocol):
-    """Where worlds come from: a fixed one now, a coordinator's session for elastic jobs."""
+    """Where worlds come from: a fixed one, or a coordinator's session for elastic jobs."""
 
-    def first(self) -> Engine:
-        """Block until this worker is in a world."""
+    def first(self, standing: Standing, job: Mapping[str, Any]) -> Engine:
+        """Block until this worker is in a world.
 
-    def next(self, ended: Engine) -> Engine:
+        Args:
+            standing: What this worker is at, for as long as it lives.
+            job: What alters the trajectory, in plain values; workers of one run have the same.
+
+        Raises:
+            LeftWorld: The job was complete, or this worker was told to end, before a world wanted it.
+            ElasticBatchError: This worker cannot take part; the message says why.
+        """
+
+    def next(self, ended: Engine, *, broken: bool) -> Engine:
         """Block until this worker is in the world after `ended`, which broke or was left at a boundary.
 
         Raises:
-            WorldBroken: There is no next world.
+            NoNextWorld: There is none.
+            LeftWorld: As in `first`.
         """
+
+    def entered(self, engine: Engine) -> None:
+        """The workers of this world have agreed on one state: training goes on in it."""
 
     def wishes(self) -> Wishes:
         """What to ask of the others in the update under way. Called once an update; must not block."""
+
+    def leave(self) -> bool:
+        """This worker is told to end: it would leave at the next boundary. False if the others cannot go on then."""
+
+    def progress(self, record: Mapping[str, Any]) -> None:
+        """The lead worker committed an update; its line in the metrics log. Must not block."""
+
+    def close(self) -> None:
+        """Say goodbye; the standing tells why."""
 
 
 class FixedWorld:
@@ -81,14 +131,26 @@ class FixedWorld:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def first(self) -> Engine:
+    def first(self, standing: Standing, job: Mapping[str, Any]) -> Engine:
         return self._engine
 
-    def next(self, ended: Engine) -> Engine:
-        raise WorldBroken(
+    def next(self, ended: Engine, *, broken: bool) -> Engine:
+        raise NoNextWorld(
             "a worker was lost, and this world cannot be formed anew; start the job again to resume it",
             ended.generation,
         )
 
+    def entered(self, engine: Engine) -> None:
+        pass
+
     def wishes(self) -> Wishes:
         return Wishes()
+
+    def leave(self) -> bool:
+        return False
+
+    def progress(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -1,4 +1,4 @@
-"""What all workers of a world must have in common: the position, the model at the start, the parameters ever after."""
+"""Whether the workers of a world still have the same parameters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic_batch.engines import Engine
-from elastic_batch.errors import WorkersDiverged, WorldBroken
+from elastic_batch.errors import WorkersDiverged
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MODULUS = 2**31 - 1
@@ -25,31 +25,6 @@ def digest(tensors: Iterable[Tensor]) -> int:
         part = (words % _MODULUS * places % _MODULUS).sum() % _MODULUS
         total = part if total is None else (total * 31 + part) % _MODULUS
     return 0 if total is None else int(total)
-
-
-def agree_on_position(engine: Engine, position: int, device: torch.device) -> None:
-    """See that all workers stand at the same position. A collective.
-
-    Raises:
-        WorldBroken: They do not, or the world broke meanwhile.
-    """
-    if ranks := _deviating_ranks(engine, position, device):
-        raise WorldBroken(f"workers {ranks} stand at another position than this run's {position}", engine.generation)
-
-
-def agree_on_model(engine: Engine, model: nn.Module) -> None:
-    """Give every worker the parameters and buffers of rank 0. A collective.
-
-    Raises:
-        WorldBroken: The world broke meanwhile.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    for kind in dict.fromkeys((tensor.dtype, tensor.device) for tensor in tensors):
-        group = [tensor.detach() for tensor in tensors if (tensor.dtype, tensor.device) == kind]
-        flat = torch.cat([tensor.reshape(-1) for tensor in group])
-        engine.broadcast(flat, source=0).wait()
-        for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
-            tensor.copy_(part.view(tensor.shape))
 
 
 def require_same_parameters(engine: Engine, parameters: list[nn.Parameter], update: int) -> None:

@@ -29,13 +29,40 @@ class Header:
     num_first_passes: int
     first_pass_squares: float
     first_pass_inverses: float
-    leave: bool
+    num_leaving: int
     regroup: bool
     stop: bool
     gradient_norm: float
     """Norm of the gradient of the summed losses."""
     seen: tuple[bool, ...]
     """For each parameter, whether any worker has a gradient for it."""
+
+    @property
+    def everybody_leaves(self) -> bool:
+        return self.num_leaving == self.num_workers
+
+    @property
+    def summary(self) -> tuple[float, float, float]:
+        """What a worker is told of an update that the others committed without it: see `committed_elsewhere`."""
+        return self.weight, self.loss_sum, self.gradient_norm
+
+    @classmethod
+    def committed_elsewhere(cls, weight: float, loss_sum: float, gradient_norm: float) -> Header:
+        """The header of an update that reached this worker with another one's state."""
+        return cls(
+            num_workers=0,
+            num_failed=0,
+            weight=weight,
+            loss_sum=loss_sum,
+            num_first_passes=0,
+            first_pass_squares=0.0,
+            first_pass_inverses=0.0,
+            num_leaving=0,
+            regroup=False,
+            stop=False,
+            gradient_norm=gradient_norm,
+            seen=(),
+        )
 
     def noise_sums(self, dataset_weight: float) -> NoiseSums:
         """What the estimator of the measured noise scale takes of one update."""
@@ -78,14 +105,13 @@ class Tally:
             self.first_pass_weight = self.weight
 
     def pack(
-        self, *, failed: bool, wishes: Wishes, stop: bool, seen: tuple[bool, ...], statistics: Tensor, divisor: float
+        self, *, failed: bool, wishes: Wishes, seen: tuple[bool, ...], statistics: Tensor, divisor: float
     ) -> Tensor:
         """This worker's header.
 
         Args:
             failed: Whether this worker could not run its share; its other numbers are then void.
             wishes: What to ask of the others.
-            stop: Whether this worker wants the run to end after this update.
             seen: For each parameter, whether this worker has a gradient for it.
             statistics: Float64 sums of the batch norms.
             divisor: What loss sums were divided by before their backward.
@@ -93,7 +119,7 @@ class Tally:
         Returns:
             Float64 vector.
         """
-        flags = (1, failed, wishes.leave, wishes.regroup, stop)
+        flags = (1, failed, wishes.leave, wishes.regroup, wishes.stop is not None)
         numbers = self._numbers((*flags, self.weight, self.loss_sum, *self._first_pass(divisor)))
         return torch.cat([numbers, self._seen_bits(seen), statistics])
 
@@ -148,7 +174,7 @@ def unpack(header: Tensor, norms: Sequence[Tensor], num_parameters: int, *, divi
         num_first_passes=round(field["passes"]),
         first_pass_squares=field["squares"],
         first_pass_inverses=field["inverses"],
-        leave=field["leave"] > 0,
+        num_leaving=round(field["leave"]),
         regroup=field["regroup"] > 0,
         stop=field["stop"] > 0,
         gradient_norm=math.hypot(*torch.stack(list(norms)).tolist()) * divisor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from elastic_batch.checkpoint import CheckpointInfo, Manifest, WriterEvents
-from elastic_batch.rundir import RunDirectory, is_used
+from elastic_batch.rundir import RunDirectory, is_used, read_metrics
 from elastic_batch.telemetry import Metrics, MetricsFile, MetricsServer
 from elastic_batch.trainer.options import TrainerOptions
 
@@ -19,6 +20,7 @@ class Outlets:
 
     Args:
         options: Which outlets there are.
+        goes_on: Whether the run that is in the run directory goes on, whatever the options say of resuming.
 
     Raises:
         RunDirectoryUsed: A fresh run was asked for in a used directory.
@@ -26,9 +28,10 @@ class Outlets:
         OSError: The run directory cannot be written to.
     """
 
-    def __init__(self, options: TrainerOptions) -> None:
+    def __init__(self, options: TrainerOptions, *, goes_on: bool) -> None:
         self._loggers = options.loggers
-        self._directory = _open_directory(options)
+        self._directory = _open_directory(options, goes_on)
+        self._seconds = 0.0
         registry = CollectorRegistry()
         self.metrics = Metrics(registry, run=options.name)
         if self._directory is not None:
@@ -59,6 +62,7 @@ class Outlets:
 
     def update(self, record: Mapping[str, Any], start: int) -> None:
         """Put out the record of a committed update whose first sample was at `start`."""
+        self._seconds += record["seconds"]
         if self._server is not None or self._file is not None:
             self.metrics.update(record)
         if self._directory is not None:
@@ -85,6 +89,13 @@ class Outlets:
         if self._directory is not None:
             self._directory.summarize(summary)
 
+    def seconds_of_updates(self) -> float:
+        """Time that the run's updates took, those before a resume included where there is a run directory."""
+        if self._directory is None:
+            return self._seconds
+        self._directory.flush()
+        return math.fsum(record["seconds"] for record in read_metrics(self._directory.path))
+
     def sync(self) -> None:
         """Bring the run directory's logs to the disk."""
         if self._directory is not None:
@@ -102,11 +113,11 @@ class Outlets:
             each.close()
 
 
-def _open_directory(options: TrainerOptions) -> RunDirectory | None:
+def _open_directory(options: TrainerOptions, goes_on: bool) -> RunDirectory | None:
     path = options.run_dir
     if path is None:
         return None
     job = options.job or options.as_plain_values()
-    if options.resume != "never" and is_used(Path(path)):
+    if (goes_on or options.resume != "never") and is_used(Path(path)):
         return RunDirectory.resume(path, job)
     return RunDirectory.create(path, job)

@@ -14,6 +14,7 @@ from elastic_batch.noise import NoiseScaleEstimator
 from elastic_batch.schedule import Duration, Schedule, walk
 from elastic_batch.trainer.options import TrainerOptions
 from elastic_batch.trainer.outlets import Outlets
+from elastic_batch.trainer.progress import Progress
 from elastic_batch.trainer.saving import Saver
 from elastic_batch.trainer.update import Update
 
@@ -21,7 +22,7 @@ Collect = Callable[[], dict[str, Any]]
 
 
 class Recorder:
-    """Makes records and keeps checkpoints. Until `open`, which only the lead worker calls, it writes nothing.
+    """Makes records and keeps checkpoints. It writes on the lead worker only: see `enter`.
 
     Args:
         options: Where to, how often.
@@ -29,18 +30,19 @@ class Recorder:
         fingerprint: What alters the trajectory.
 
     Attributes:
+        fingerprint: What alters the trajectory.
         last_record: The newest update's record; empty before the first, and on other workers than the lead.
     """
 
     def __init__(self, options: TrainerOptions, schedule: Schedule, fingerprint: Mapping[str, Any]) -> None:
         self._options = options
         self._schedule = schedule
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
         self._outlets: Outlets | None = None
         self._saver: Saver | None = None
         self._resumed_from: Manifest | None = None
+        self._known_checkpoint: str | None = None
         self._started_at = 0.0
-        self._seconds = 0.0
         self._final_metrics: dict[str, float] = {}
         self._ending: dict[str, Any] = {}
         self.last_record: dict[str, Any] = {}
@@ -54,10 +56,13 @@ class Recorder:
 
     @property
     def last_checkpoint(self) -> str | None:
-        """Name of the newest checkpoint known to be good; on other workers than the lead, the one resumed from."""
+        """Name of the newest checkpoint known to be good; workers other than the lead know an older one."""
         newest = self._saver.newest if self._saver is not None else None
-        manifest = newest or self._resumed_from
-        return None if manifest is None else manifest.name
+        return newest.name if newest is not None else self._known_checkpoint
+
+    def checkpoint_known(self, name: str | None) -> None:
+        """Note what another worker said to be the newest good checkpoint."""
+        self._known_checkpoint = name
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of this job.
@@ -68,26 +73,42 @@ class Recorder:
         """
         manifest = checkpoint.manifest
         where = self.checkpoint_location or f"checkpoint {manifest.name}"
-        check_fingerprint(manifest.fingerprint, self._fingerprint, where=where, position=manifest.position)
+        check_fingerprint(manifest.fingerprint, self.fingerprint, where=where, position=manifest.position)
         self._resumed_from = manifest
+        self._known_checkpoint = manifest.name
 
-    def open(self, generation: int) -> None:
-        """Become the lead worker's recorder.
+    def enter(self, generation: int, is_lead: bool, progress: Progress, *, is_new: bool) -> None:
+        """A world begins: the lead worker's recorder opens, or goes on under the new generation; others close.
+
+        Args:
+            generation: The world's.
+            is_lead: Whether this worker is its lead.
+            progress: How far the run is.
+            is_new: Whether no worker of the world had a part in the run before.
 
         Raises:
             RunDirectoryUsed: A fresh run was asked for in a used directory.
             InvalidSetting: The metrics' port or file cannot be used.
             OSError: The run directory cannot be written to.
         """
-        self._outlets = Outlets(self._options)
+        if not is_lead:
+            self.close()
+        elif self._outlets is None:
+            self._open(generation, progress, is_new=is_new)
+        elif self._saver is not None:
+            self._saver.enter(generation)
+
+    def _open(self, generation: int, progress: Progress, *, is_new: bool) -> None:
+        self._outlets = outlets = Outlets(self._options, goes_on=not is_new)
+        if progress.num_updates:
+            outlets.metrics.resume(update=progress.num_updates, position=progress.position)
         if (found := self._resumed_from) is not None:
-            self._outlets.metrics.resume(update=found.update, position=found.position)
-            self._outlets.metrics.checkpoint_found(
+            outlets.metrics.checkpoint_found(
                 num_bytes=found.num_bytes, position=found.position, created_seconds=found.created_seconds
             )
         if (location := self.checkpoint_location) is not None:
             store = CheckpointStore(location, keep=self._options.keep, generation=generation)
-            self._saver = Saver(store, self._checkpoint_interval(), self._outlets.checkpoint_events)
+            self._saver = Saver(store, self._checkpoint_interval(), outlets.checkpoint_events)
 
     def begin_update(self) -> None:
         """An update starts; what lies between updates is the user's time and does not count."""
@@ -98,7 +119,6 @@ class Recorder:
         if self._outlets is None:
             return
         seconds = time.monotonic() - self._started_at
-        self._seconds += seconds
         plan, values = update.plan, update.plan.values
         self.last_record = {
             "kind": "update",
@@ -183,15 +203,17 @@ class Recorder:
     def close(self) -> None:
         """Write what waits and close everything."""
         if self._saver is not None:
+            self._known_checkpoint = self.last_checkpoint
             self._saver.close()
         if self._outlets is not None:
             self._outlets.close()
+        self._saver = self._outlets = None
 
     def _checkpoint(self, collect: Collect, position: int, num_updates: int) -> None:
         assert self._saver is not None
         assert self._outlets is not None
         started = time.monotonic()
-        info = CheckpointInfo(position=position, update=num_updates, fingerprint=self._fingerprint)
+        info = CheckpointInfo(position=position, update=num_updates, fingerprint=self.fingerprint)
         if self._saver.save(collect, info):
             self._outlets.metrics.checkpoint_blocked(time.monotonic() - started)
 
@@ -218,7 +240,7 @@ class Recorder:
                 "baseline_updates": self._options.baseline_updates
                 or -(-self._schedule.end // self._schedule.global_batch_size),
                 "epochs": self._ending["samples"] / self._schedule.num_samples,
-                "seconds": self._seconds,
+                "seconds": self._outlets.seconds_of_updates(),
                 "metrics": self._final_metrics,
             }
         )

@@ -125,6 +125,10 @@ class Saver:
 
         self._writer = CheckpointWriter(store, replace(events, saved=on_saved))
 
+    def enter(self, generation: int) -> None:
+        """From here on, checkpoints belong to a newer world."""
+        self._writer.store.generation = generation
+
     def is_due(self, before: int, after: int) -> bool:
         """Whether an update from position `before` to `after` crossed a multiple of the interval."""
         return self._interval is not None and after // self._interval > before // self._interval

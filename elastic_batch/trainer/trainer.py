@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import logging
-import os
+import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Self
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from elastic_batch.checkpoint import Checkpoint
 from elastic_batch.data import count_samples
-from elastic_batch.engines import Engine, Membership, open_membership
-from elastic_batch.errors import (
-    ElasticBatchError,
-    MisusedTrainer,
-    WorkerFailed,
-    WorkersDiverged,
-    WorldBroken,
-)
+from elastic_batch.engines import Membership, SoloEngine, Standing, Wishes, open_membership
+from elastic_batch.errors import LeftWorld, MisusedTrainer, WorkerFailed, WorkersDiverged, WorldBroken
 from elastic_batch.ghost import RunningStatistics
 from elastic_batch.gradients import GradientBuckets
 from elastic_batch.schedule import ScheduleContext, ScheduleSpec
-from elastic_batch.trainer.agreement import agree_on_model, agree_on_position, require_same_parameters
+from elastic_batch.trainer.agreement import require_same_parameters
 from elastic_batch.trainer.assembly import (
     convert_norms,
     fingerprint,
@@ -35,19 +29,21 @@ from elastic_batch.trainer.assembly import (
     require_schedule,
 )
 from elastic_batch.trainer.evaluation import Measure, evaluate
-from elastic_batch.trainer.failures import Severity, exchange, judge, texts
-from elastic_batch.trainer.header import Tally
+from elastic_batch.trainer.failures import Severity, exchange, texts
+from elastic_batch.trainer.header import Header, Tally
 from elastic_batch.trainer.options import TrainerOptions
 from elastic_batch.trainer.passes import LossFn, settle_width
 from elastic_batch.trainer.phase_log import PhaseLog
-from elastic_batch.trainer.plan import forecast, plan_update
+from elastic_batch.trainer.plan import UpdatePlan, forecast, plan_update
 from elastic_batch.trainer.precision import LossScaler, autocast
+from elastic_batch.trainer.progress import Progress
 from elastic_batch.trainer.recorder import Recorder
-from elastic_batch.trainer.saving import SavedState, Stateful, find_checkpoint
+from elastic_batch.trainer.saving import SavedState, Stateful
 from elastic_batch.trainer.signals import stopping_on_signals
 from elastic_batch.trainer.steering import SteeredOptimizer
 from elastic_batch.trainer.stochastic import PassRandomness
 from elastic_batch.trainer.update import Machinery, Outcome, Update
+from elastic_batch.trainer.worlds import Worlds
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +55,14 @@ class Trainer:
 
     Args:
         model: Converted in place: batch norms become ghost batch norms. It may be compiled, not wrapped for data
-        parallelism. optimizer: Trains the model's parameters; the schedule sets its learning rate and momentum.
-        train_set: Map-style data set. schedule: What `from_lr_scheduler` gives, or a specification of
-        `elastic_batch.schedule`. loss_fn: Gives a batch's loss, where the trainer owns the step. membership: Where
-        worlds come from. None: the world that a launcher's environment describes. options: Every field of
-        `TrainerOptions` is a keyword argument; `micro_batch_size` is required.
+            parallelism.
+        optimizer: Trains the model's parameters; the schedule sets its learning rate and momentum.
+        train_set: Map-style data set.
+        schedule: What `from_lr_scheduler` gives, or a specification of `elastic_batch.schedule`.
+        loss_fn: Gives a batch's loss, where the trainer owns the step.
+        membership: Where worlds come from. None: a coordinator's session or the world that a launcher's environment
+            describes, else this process alone.
+        options: Every field of `TrainerOptions` is a keyword argument; `micro_batch_size` is required.
 
     Raises:
         InvalidSetting: Something cannot be trained as asked; the message says why and what to do.
@@ -104,22 +103,38 @@ class Trainer:
                 tokens_per_sample=self.options.tokens_per_sample,
             )
         )
-        self.position = 0
-        self.num_updates = 0
-        self.stop_reason: str | None = None
         self._membership = membership
+        self._progress = Progress(width=1 if self.options.micro_batches_per_pass == 1 else 0)
+        self._standing = Standing()
         self._scaler = LossScaler(self.options.precision, self.options.micro_batch_size)
         self._estimator = make_estimator(self.options, self.schedule)
         parts: dict[str, Stateful] = {"optimizer": self._optimizer, "scaler": self._scaler}
         self._state = SavedState(self._plain_model, parts | ({"noise": self._estimator} if self._estimator else {}))
         self._recorder = Recorder(self.options, self.schedule, fingerprint(self.options, self.schedule, optimizer))
         self._machinery: Machinery | None = None
-        self._width = 1
-        self._width_is_settled = self.options.micro_batches_per_pass == 1
+        self._worlds: Worlds | None = None
+        self._wished = Wishes()
         self._stop_wanted: str | None = None
+        self._has_looped = False
+        self._plan: UpdatePlan | None = None
         self._failed_update: int | None = None
         self._mean_unchecked = self.options.check_loss
         self._phase_log = PhaseLog(self.schedule.rule, self.options.spares)
+
+    @property
+    def position(self) -> int:
+        """Samples committed."""
+        return self._progress.position
+
+    @property
+    def num_updates(self) -> int:
+        """Updates committed."""
+        return self._progress.num_updates
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the run stopped before its end; None if it did not."""
+        return self._progress.stop_reason
 
     @property
     def finished(self) -> bool:
@@ -167,23 +182,30 @@ class Trainer:
             WorldBroken: A worker was lost and there is no next world.
         """
         machinery = self._begin()
-        if not self._width_is_settled:
-            self._width = settle_width(self.options, self.schedule, self.position, self.model, self._loss_fn, machinery)
-            self._width_is_settled = True
+        progress = self._progress
+        if not progress.width:
+            progress.width = settle_width(
+                self.options, self.schedule, self.position, self.model, self._loss_fn, machinery
+            )
         self._restart_source(machinery)
-        self.stop_reason = None
-        with stopping_on_signals(self.stop):
+        if self._has_looped:
+            progress.stop_reason = None  # that loop's
+        self._has_looped = True
+        concluded = False
+        with stopping_on_signals(self._on_signal):
             try:
-                while not self.finished and self.stop_reason is None:
+                while not self.finished and progress.stop_reason is None:
                     update = self._open(machinery)
                     yield update
                     self._settle(machinery, update)
+                self._conclude(machinery)
+                concluded = True
             except GeneratorExit:
-                self.stop_reason = "the loop over the updates was left"
+                progress.stop_reason = "the loop over the updates was left"
                 raise
             finally:
-                collect = self._state.collect if machinery.is_whole else None
-                self._recorder.finish(collect, self.position, self.num_updates, self.stop_reason)
+                if not concluded:
+                    self._record_end(machinery)
 
     def __iter__(self) -> Iterator[Update]:
         """Run update after update with `loss_fn` and yield each when it has committed.
@@ -219,10 +241,12 @@ class Trainer:
             with autocast(self.options.precision, self._device):
                 return measure(model, batch)
 
+        engine = machinery.engine
         while True:
+            self._standing.stage = "evaluate"
             try:
                 means = evaluate(
-                    machinery.engine,
+                    engine,
                     self.model,
                     dataset,
                     under_autocast,
@@ -233,7 +257,10 @@ class Trainer:
                 )
                 break
             except WorldBroken:
-                self._enter_next_world(machinery)
+                together = self._enter_next_world(machinery, broken=True, evaluating=True)
+                # Workers that joined meanwhile are at an update: they wait there, so the others evaluate each alone.
+                engine = machinery.engine if together else SoloEngine()
+        self._standing.stage = "user"
         self._recorder.evaluation(means, self.position, self.num_updates)
         return means["value"] if list(means) == ["value"] else means
 
@@ -245,6 +272,8 @@ class Trainer:
             self._machinery.source.close()
             self._machinery.buckets.close()
             self._machinery.engine.close()
+        if self._membership is not None:
+            self._membership.close()
 
     def __enter__(self) -> Self:
         return self
@@ -256,9 +285,19 @@ class Trainer:
         """Enter the world and take up the run, once."""
         if self._machinery is not None:
             return self._machinery
-        membership = self._membership or open_membership(self._device)
-        engine = membership.first()
-        self._take_up(engine)
+        self._membership = self._membership or open_membership(self._device)
+        self._worlds = Worlds(
+            self._membership,
+            self._device,
+            self.options,
+            self._state,
+            self._progress,
+            self._recorder,
+            self._standing,
+        )
+        engine = self._worlds.first()
+        if self.num_updates:
+            self._mean_unchecked = False
         self._machinery = Machinery(
             model=self._plain_model,
             device=self._device,
@@ -266,7 +305,6 @@ class Trainer:
             precision=self.options.precision,
             max_grad_norm=self.options.max_grad_norm,
             on_non_finite=self.options.on_non_finite,
-            membership=membership,
             engine=engine,
             source=open_training_source(self._train_set, self.options, self._device),
             buckets=GradientBuckets(self._optimizer.parameters),
@@ -276,46 +314,44 @@ class Trainer:
             optimizer=self._optimizer,
             scaler=self._scaler,
             estimator=self._estimator,
-            stop_wanted=lambda: self._stop_wanted is not None,
+            standing=self._standing,
+            wishes=self._wishes,
             last_checkpoint=lambda: self._recorder.last_checkpoint,
             mean_check_due=self._mean_check_due,
         )
         return self._machinery
 
-    def _take_up(self, engine: Engine) -> None:
-        """Open the run directory and load the checkpoint to resume from; all workers raise what one of them meets."""
-        error: Exception | None = None
-        checkpoint: Checkpoint | None = None
-        try:
-            checkpoint = find_checkpoint(os.fspath(self.options.resume), self._recorder.checkpoint_location)
-            if checkpoint is not None:
-                self._recorder.resume(checkpoint)
-                self._state.restore(checkpoint.state)
-                self.position, self.num_updates = checkpoint.manifest.position, checkpoint.manifest.update
-            if engine.rank == 0:
-                self._recorder.open(engine.generation)
-        except (ElasticBatchError, OSError) as caught:
-            error = caught
-        failures = exchange(engine, judge(error, 1) if error else None, self._device)
-        if error is not None:
-            raise error
-        if failures:
-            raise WorkerFailed("the start", texts(failures))
-        agree_on_position(engine, self.position, self._device)
-        if checkpoint is None:
-            agree_on_model(engine, self._plain_model)
-        else:
-            logger.info(
-                "resumed %s at position %d, update %d", checkpoint.manifest.name, self.position, self.num_updates
-            )
-
     def _open(self, machinery: Machinery) -> Update:
         self._optimizer.check()
-        plan = plan_update(self.schedule, self.num_updates, self.position)
+        plan = self._plan_next()
         self._phase_log.show(plan, machinery.engine.size)
         self._recorder.begin_update()
-        requests = plan.passes(rank=machinery.engine.rank, size=machinery.engine.size, width=self._width)
-        return Update(plan, requests, machinery, self._on_commit)
+        self._standing.stage = "compute"
+        requests = plan.passes(rank=machinery.engine.rank, size=machinery.engine.size, width=self._progress.width)
+        return Update(plan, requests, machinery, self._on_commit, self._on_broken)
+
+    def _plan_next(self) -> UpdatePlan:
+        """The update that comes next; it is noted what it asks of the world."""
+        known = self._plan
+        if known is None or known.start != self.position:
+            values = None if known is None or known.start > self.position else known.values
+            self._plan = known = plan_update(self.schedule, self.num_updates, self.position, values)
+            self._standing.num_micro_batches = known.num_micro_batches
+        return known
+
+    def _wishes(self) -> Wishes:
+        """What to ask of the others in the header of the update under way."""
+        assert self._membership is not None
+        self._wished = self._membership.wishes()
+        if self._stop_wanted is not None:
+            self._wished = replace(self._wished, stop=self._stop_wanted)
+        return self._wished
+
+    def _on_signal(self, name: str) -> None:
+        """Leave, if this worker alone is meant and the others can go on; else stop."""
+        assert self._membership is not None
+        if name != signal.Signals.SIGTERM.name or not self._membership.leave():
+            self.stop(name)
 
     def _run_share(self, update: Update, loss_fn: LossFn) -> None:
         for batch in update:
@@ -330,27 +366,42 @@ class Trainer:
                 update.fail(error)
 
     def _on_commit(self, update: Update) -> None:
-        self.position, self.num_updates = update.plan.stop, update.plan.index + 1
+        assert self._machinery is not None
+        assert self._membership is not None
+        progress, engine = self._progress, self._machinery.engine
+        progress.position, progress.num_updates = update.plan.stop, update.plan.index + 1
+        progress.origin, progress.header = engine.generation, update.committed_header
         for part in self._state.attached:
             if hasattr(part, "after_update"):
                 part.after_update(update.global_batch_size)
+        self._recorder.update(update, engine, self._estimator)
+        standing = self._standing
+        standing.update, standing.position, standing.stage = progress.num_updates, progress.position, "user"
+        if not self.finished:
+            self._plan_next()
+        if engine.rank == 0:
+            self._membership.progress(self._recorder.last_record)
+
+    def _on_broken(self, update: Update) -> Header | None:
+        """The world broke in an update: enter the next one. Gives the header if the others have committed it."""
         assert self._machinery is not None
-        self._recorder.update(update, self._machinery.engine, self._estimator)
+        self._enter_next_world(self._machinery, broken=True)
+        if self.num_updates > update.index:
+            return self._progress.header
+        self._recorder.repeated()
+        return None
 
     def _settle(self, machinery: Machinery, update: Update) -> None:
         """After the user's turn: act on how the update ended."""
-        if update.outcome is Outcome.OPEN:
+        if update.outcome in (Outcome.OPEN, Outcome.BROKEN):
             raise MisusedTrainer("update.step() was not called; call it once at the end of each update")
         try:
             if update.outcome is Outcome.VOID:
                 self._repeat(machinery, update)
-            elif update.outcome is not Outcome.BROKEN:
+            elif update.outcome in (Outcome.COMMITTED, Outcome.SKIPPED):
                 self._after_commit(machinery, update)
         except WorldBroken:
-            update.outcome = Outcome.BROKEN
-        if update.outcome is Outcome.BROKEN:
-            self._recorder.repeated()
-            self._enter_next_world(machinery)
+            self._enter_next_world(machinery, broken=True)
 
     def _repeat(self, machinery: Machinery, update: Update) -> None:
         """Hear what failed on whom; repeat the update, or stop everywhere with the error."""
@@ -365,7 +416,7 @@ class Trainer:
         if worst is Severity.ONCE:
             self._failed_update = update.index
         if update.failure is not None and update.failure.severity is Severity.NARROWER:
-            self._width = 1
+            self._progress.width = 1
         self._recorder.repeated()
         self._restart_source(machinery)
 
@@ -378,22 +429,54 @@ class Trainer:
                 machinery.is_whole = False
                 raise
         header = update.committed_header
-        if header.stop:
-            self.stop_reason, self._stop_wanted = self._stop_wanted or "another worker asked for it", None
+        if header.stop or header.everybody_leaves:
+            asked_here = "every worker was told to leave" if header.everybody_leaves else self._wished.stop
+            self._progress.stop_reason, self._stop_wanted = asked_here or "another worker asked for it", None
         self._recorder.maybe_checkpoint(self._state.collect, update.plan.start, self.position, self.num_updates)
-        if header.leave or header.regroup:
-            self._enter_next_world(machinery)
+        if self.stop_reason is not None or self.finished:
+            return
+        if header.num_leaving and self._wished.leave:
+            self._depart(machinery)
+        if header.num_leaving or header.regroup:
+            self._enter_next_world(machinery, broken=False)
 
-    def _enter_next_world(self, machinery: Machinery) -> None:
-        ended = machinery.engine
-        machinery.engine = machinery.membership.next(ended)
-        agree_on_position(machinery.engine, self.position, self._device)
+    def _depart(self, machinery: Machinery) -> None:
+        """Leave the world at this boundary; the others go on."""
+        assert self._membership is not None
+        self._recorder.close()
+        machinery.engine.close()
+        self._standing.ended = "left"
+        self._membership.close()
+        raise LeftWorld("this worker was told to leave", job_is_complete=False)
+
+    def _conclude(self, machinery: Machinery) -> None:
+        """End together: nobody goes before the last state is saved, and known to be."""
+        while True:
+            self._standing.stage = "end"
+            try:
+                self._record_end(machinery)
+                exchange(machinery.engine, None, self._device)
+            except WorldBroken:
+                self._enter_next_world(machinery, broken=True)
+            else:
+                break
+        self._standing.stage, self._standing.ended = "user", "finished" if self.finished else "stopped"
+
+    def _record_end(self, machinery: Machinery) -> None:
+        collect = self._state.collect if machinery.is_whole else None
+        self._recorder.finish(collect, self.position, self.num_updates, self.stop_reason)
+
+    def _enter_next_world(self, machinery: Machinery, *, broken: bool, evaluating: bool = False) -> bool:
+        """Enter the next world. Returns whether all its workers are evaluating."""
+        assert self._worlds is not None
+        machinery.engine, together = self._worlds.next(machinery.engine, broken=broken, evaluating=evaluating)
         self._restart_source(machinery)
+        return together
 
     def _restart_source(self, machinery: Machinery) -> None:
         engine = machinery.engine
         machinery.source.start(
-            forecast(self.schedule, self.position, rank=engine.rank, size=engine.size, width=self._width)
+            forecast(self.schedule, self.position, rank=engine.rank, size=engine.size, width=self._progress.width)
         )
 
     def _mean_check_due(self) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic_batch.data import BatchSource, DataError, PassRequest
-from elastic_batch.engines import Engine, Membership
+from elastic_batch.engines import Engine, Standing, Wishes
 from elastic_batch.errors import MisusedTrainer, NonFinite, WorldBroken
 from elastic_batch.ghost import RunningStatistics
 from elastic_batch.gradients import GradientBuckets
@@ -40,6 +40,10 @@ class Outcome(Enum):
     """A worker could not run its share; nothing was changed anywhere."""
     BROKEN = "broken"
     """The world broke; nothing was changed here."""
+    REPEATED = "repeated"
+    """The world broke, and in the next one the update comes again."""
+    RECEIVED = "received"
+    """The world broke when others had committed already; their state came with the next one."""
 
 
 @dataclass(kw_only=True)
@@ -52,7 +56,6 @@ class Machinery:
     precision: Precision
     max_grad_norm: float | None
     on_non_finite: Literal["stop", "skip"]
-    membership: Membership
     engine: Engine
     source: BatchSource
     buckets: GradientBuckets
@@ -62,7 +65,8 @@ class Machinery:
     optimizer: SteeredOptimizer
     scaler: LossScaler
     estimator: NoiseScaleEstimator | None
-    stop_wanted: Callable[[], bool]
+    standing: Standing
+    wishes: Callable[[], Wishes]
     last_checkpoint: Callable[[], str | None]
     mean_check_due: Callable[[], bool]
     is_whole: bool = True
@@ -79,6 +83,8 @@ class Update:
         requests: This worker's passes.
         machinery: What it works with.
         on_commit: Called when the update has committed, before `step` returns.
+        on_broken: Called when the world broke, before `step` returns: enters the next one. Gives the update's header
+            if the others have committed it there.
     """
 
     def __init__(
@@ -87,6 +93,7 @@ class Update:
         requests: list[PassRequest],
         machinery: Machinery,
         on_commit: Callable[[Update], None],
+        on_broken: Callable[[Update], Header | None],
     ) -> None:
         self.plan = plan
         self.outcome = Outcome.OPEN
@@ -96,6 +103,7 @@ class Update:
         self._requests = requests
         self._machinery = machinery
         self._on_commit = on_commit
+        self._on_broken = on_broken
         self._divisor = machinery.scaler.divisor(self.global_batch_size)
         self._num_done = 0
         self._awaits_backward = False
@@ -223,21 +231,21 @@ class Update:
             MisusedTrainer: Called twice.
             NonFinite: The loss or the gradient is not finite, on every worker alike; nothing was applied.
         """
-        if self.outcome is Outcome.BROKEN:
-            return False
-        if self.outcome is not Outcome.OPEN:
+        if self.outcome not in (Outcome.OPEN, Outcome.BROKEN):
             raise MisusedTrainer("update.step() was called twice for one update")
+        if self.outcome is Outcome.BROKEN:
+            return self._after_break()
         if not self.is_settled and self._num_done < len(self._requests):
             self.fail(MisusedTrainer("update.step() was called before every batch of the update was run"))
         try:
             header, statistics = self._reduce()
         except WorldBroken as error:
             self._break(error)
-            return False
+            return self._after_break()
         if header.num_workers != self._machinery.engine.size:
             generation = self._machinery.engine.generation
             self._break(WorldBroken("the header counts other workers than the world has", generation))
-            return False
+            return self._after_break()
         if header.num_failed:
             self.outcome = Outcome.VOID
             return False
@@ -305,12 +313,12 @@ class Update:
     def _reduce(self) -> tuple[Header, Tensor]:
         machinery = self._machinery
         buckets, engine = machinery.buckets, machinery.engine
+        machinery.standing.stage = "reduce"
         try:
             buckets.flush(engine, self._norms_on_launch())
             packed = machinery.tally.pack(
                 failed=self.failure is not None,
-                wishes=machinery.membership.wishes(),
-                stop=machinery.stop_wanted(),
+                wishes=machinery.wishes(),
                 seen=buckets.seen,
                 statistics=machinery.statistics.sums(),
                 divisor=self._divisor,
@@ -332,6 +340,7 @@ class Update:
             what = "the gradient" if finite_loss else "the loss"
             raise NonFinite(what, self.plan.index, machinery.last_checkpoint())
         self.header = header
+        machinery.standing.stage = "commit"
         machinery.is_whole = False
         if finite_loss and finite_gradient and header.weight > 0:
             self._apply(header, statistics)
@@ -354,6 +363,11 @@ class Update:
         if machinery.estimator is not None:
             samples = self.plan.stop - self.plan.start
             machinery.estimator.add(header.noise_sums(self.plan.num_samples * header.weight / samples), samples)
+
+    def _after_break(self) -> bool:
+        self.header = self._on_broken(self)
+        self.outcome = Outcome.REPEATED if self.header is None else Outcome.RECEIVED
+        return self.header is not None
 
     def _break(self, error: WorldBroken) -> None:
         self._awaits_backward = False

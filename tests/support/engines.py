@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
-from elastic_batch.engines import Engine, Handle, Wishes
+from elastic_batch.engines import Engine, Handle, Standing, Wishes
 from elastic_batch.errors import WorldBroken
 
 
@@ -33,7 +36,7 @@ class FailingEngine:
         return self._launch(tensor, source)
 
     def abort(self) -> None:
-        self.inner.abort()
+        pass  # the next world is on the same connections
 
     def close(self) -> None:
         pass
@@ -44,8 +47,8 @@ class FailingEngine:
         if fails and self.at == "launch":
             raise WorldBroken("a scripted failure", self.generation)
         if fails:
-            # What a broken reduction may leave behind.
-            tensor.fill_(float("nan") if tensor.is_floating_point() else 1)
+            if source != self.rank:  # what a broken collective may leave behind
+                tensor.fill_(float("nan") if tensor.is_floating_point() else 1)
             return _Failed(self.generation)
         return self.inner.all_reduce(tensor) if source is None else self.inner.broadcast(tensor, source)
 
@@ -69,12 +72,24 @@ class RecoveringMembership:
         self._first = first
         self.num_worlds = 1
 
-    def first(self) -> Engine:
+    def first(self, standing: Standing, job: Mapping[str, Any]) -> Engine:
         return self._first
 
-    def next(self, ended: Engine) -> Engine:
+    def next(self, ended: Engine, *, broken: bool) -> Engine:
         self.num_worlds += 1
         return FailingEngine(self._first.inner, None, generation=ended.generation + 1)
 
+    def entered(self, engine: Engine) -> None:
+        pass
+
     def wishes(self) -> Wishes:
         return Wishes()
+
+    def leave(self) -> bool:
+        return False
+
+    def progress(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

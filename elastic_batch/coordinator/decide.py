@@ -1,0 +1,218 @@
+"""Who should form the world: a pure function of the time and of what is known. Every answer has a reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from elastic_batch.coordinator.events import inside
+from elastic_batch.coordinator.state import MembershipConfig, Phase, State, Worker, WorkerState, World
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """Give a worker up."""
+
+    worker: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EndWorld:
+    """Tell the world's workers that it is over."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AskRegroup:
+    """Ask the world's workers to leave it at the next boundary; they train on until then."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FormWorld:
+    """Form a world of these workers, by rank."""
+
+    members: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing is to be done now."""
+
+    reason: str
+
+
+Decision = Evict | EndWorld | AskRegroup | FormWorld | Wait
+
+
+def decide(now: float, state: State, config: MembershipConfig) -> Decision:
+    """The next step. It is carried out, entered into the state, and `decide` is asked again until it says `Wait`.
+
+    Args:
+        now: Seconds of the clock that the state's times are of.
+        state: What is known.
+        config: The rules' numbers.
+    """
+    if (evict := _silent_or_gone(now, state, config)) is not None:
+        return evict
+    if state.ended is not None:
+        return Wait(state.ended)
+    world = state.world
+    if world is None or (world.phase is Phase.ENDING and not inside(state)):
+        return _next_world(now, state, config)
+    if world.phase is Phase.ENDING:
+        return _gather(now, state, world, config)
+    if (reason := _why_over(state, world)) is not None:
+        return EndWorld(reason)
+    if world.phase is Phase.FORMING:
+        return _form(now, state, world, config)
+    return _run(now, state, world, config)
+
+
+def desired_workers(state: State, config: MembershipConfig) -> int:
+    """How many workers the world should have: one for each micro-batch and the spares, within the job's bounds."""
+    wanted = min(max(state.num_micro_batches, config.min_workers), config.max_workers)
+    return min(wanted + config.spares, config.max_workers)
+
+
+def worker_state(now: float, state: State, worker: Worker) -> WorkerState:
+    """What to call a worker's condition."""
+    inner = inside(state)
+    if not worker.connected:
+        return "lost"
+    if worker.leaving:
+        return "draining"
+    if worker in inner:
+        return "active" if inner.index(worker) < max(1, state.num_micro_batches) else "spare"
+    if not worker.ready:
+        return "joining"
+    return "cooling down" if _is_cooling(now, state, worker) else "standby"
+
+
+def _silent_or_gone(now: float, state: State, config: MembershipConfig) -> Evict | None:
+    inner = inside(state)
+    broken = [worker for worker in inner if not worker.connected]
+    is_mass = len(inner) > 1 and 2 * len(broken) > len(inner)
+    patient = is_mass or (state.world is not None and state.world.recovered)
+    names = {worker.name for worker in inner}
+    for worker in state.workers.values():
+        if worker.connected:
+            if now - worker.heard_at > config.eviction:
+                return Evict(worker.name, f"worker {worker.name} was silent for {config.eviction:g} s")
+            continue
+        grace = (config.reconnect_grace if patient else config.settle) if worker.name in names else 0.0
+        if now - worker.disconnected_at >= grace:
+            return Evict(worker.name, f"worker {worker.name} was lost: its connection ended")
+    return None
+
+
+def _why_over(state: State, world: World) -> str | None:
+    """Why the workers of a world cannot go on in it, if they cannot."""
+    here = {worker.name for worker in inside(state)}
+    for name in world.members:
+        if name not in here and name not in world.left:
+            return f"worker {name} was lost"
+    for worker in inside(state):
+        if worker.ready and worker.broken:
+            return f"worker {worker.name} found the world broken"
+    if world.phase is Phase.FORMING and world.boundary_since is not None:
+        return "a worker left while the world formed"
+    return None
+
+
+def _form(now: float, state: State, world: World, config: MembershipConfig) -> Decision:
+    if now - world.since <= config.form:
+        return Wait(f"generation {world.generation} forms")
+    late = next(name for name in world.members if name not in world.entered)
+    return Evict(late, f"worker {late} did not enter generation {world.generation} within {config.form:g} s")
+
+
+def _run(now: float, state: State, world: World, config: MembershipConfig) -> Decision:
+    if world.boundary_since is not None:
+        if all(worker.ready for worker in inside(state)):
+            return _next_world(now, state, config)
+        if now - world.boundary_since > config.gather:
+            return EndWorld("a worker did not come to the boundary that the others left at")
+        return Wait(f"generation {world.generation} is left at a boundary")
+    if (evict := _stalled(now, state, config)) is not None:
+        return evict
+    if world.regroup is None and (reason := _why_regroup(now, state, config)) is not None:
+        return AskRegroup(reason)
+    return Wait(world.regroup or f"generation {world.generation} trains")
+
+
+def _gather(now: float, state: State, world: World, config: MembershipConfig) -> Decision:
+    late = [worker.name for worker in inside(state) if not worker.ready]
+    if not late:
+        return _next_world(now, state, config)
+    if now - world.since <= config.gather:
+        return Wait(f"{len(late)} workers come out of generation {world.generation}")
+    return Evict(late[0], f"worker {late[0]} did not come out of the world within {config.gather:g} s")
+
+
+def _stalled(now: float, state: State, config: MembershipConfig) -> Evict | None:
+    """A worker that is not in the reduction while all others have been for too long."""
+    inner = inside(state)
+    others = [worker for worker in inner if worker.stage != "reduce"]
+    if len(inner) < 2 or len(others) != 1:
+        return None
+    [worker] = others
+    limit = max(config.stall, 10 * state.median_update)
+    waiting = now - max(other.stage_since for other in inner if other is not worker)
+    if waiting <= limit or now < worker.busy_until:
+        return None
+    return Evict(worker.name, f"worker {worker.name} stalled: the others wait for its {worker.stage} for {limit:g} s")
+
+
+def _why_regroup(now: float, state: State, config: MembershipConfig) -> str | None:
+    """Why another world would be better than the one that runs."""
+    staying = [worker for worker in inside(state) if not worker.leaving]
+    joiners = _joiners(now, state)
+    if len(staying) < len(inside(state)):
+        return f"worker {next(worker.name for worker in inside(state) if worker.leaving)} leaves"
+    target = min(desired_workers(state, config), len(staying) + len(joiners))
+    if target > len(staying):
+        return f"worker {joiners[0].name} joins"
+    if target < len(staying):
+        return f"{target} workers suffice for {state.num_micro_batches} micro-batches"
+    return None
+
+
+def _next_world(now: float, state: State, config: MembershipConfig) -> Decision:
+    """The world to form of those that wait, or why there is none."""
+    survivors = [worker for worker in inside(state) if worker.ready and worker.connected and not worker.leaving]
+    if not survivors and state.orphaned_at is not None and now - state.orphaned_at < config.orphan_grace:
+        return Wait(
+            f"the last world's workers are out of sight; without them it starts after {config.orphan_grace:g} s"
+        )
+    candidates = survivors + _joiners(now, state)
+    needed = max(1, config.min_workers)
+    if len(candidates) < needed:
+        return Wait(f"{len(candidates)} of at least {needed} workers are ready")
+    members = tuple(worker.name for worker in candidates[: max(1, desired_workers(state, config))])
+    return FormWorld(members, _describe(state, members))
+
+
+def _describe(state: State, members: tuple[str, ...]) -> str:
+    before = set(state.world.members) if state.world is not None else set()
+    joined, gone = [name for name in members if name not in before], before.difference(members)
+    changes = [f"{', '.join(joined)} joined"] * bool(joined) + [f"{', '.join(sorted(gone))} gone"] * bool(gone)
+    return f"{len(members)} workers: {'; '.join(changes) or 'the same as before'}"
+
+
+def _joiners(now: float, state: State) -> list[Worker]:
+    """Workers outside the world that could join it, the longest waiting first."""
+    names = {worker.name for worker in inside(state)}
+    waiting = [
+        worker
+        for worker in state.workers.values()
+        if worker.ready and worker.connected and not worker.leaving and worker.name not in names
+    ]
+    return sorted((w for w in waiting if not _is_cooling(now, state, w)), key=lambda worker: worker.ready_at)
+
+
+def _is_cooling(now: float, state: State, worker: Worker) -> bool:
+    return now < state.cooling.get(worker.slot, now)

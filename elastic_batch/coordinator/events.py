@@ -1,0 +1,155 @@
+"""What happened, entered into the state: messages, broken connections, and decisions that were carried out."""
+
+from __future__ import annotations
+
+from elastic_batch.coordinator.state import MembershipConfig, Phase, State, Worker, World
+
+
+def hello(state: State, now: float, name: str, slot: str, generation: int = -1, members: tuple[str, ...] = ()) -> bool:
+    """A worker connected, perhaps again.
+
+    A world that the state does not know yet is taken over from it: the journal was lost, or is older than the world.
+
+    Returns:
+        Whether the world that it says it is in goes on; if not, it has to leave it.
+    """
+    if generation > state.generation:
+        state.generation = generation
+        state.world = World(generation, members, Phase.RUNNING, now, recovered=True)
+        for member in members:
+            state.workers[member] = Worker(member, member, False, now, disconnected_at=now, generation=generation)
+    world = state.world
+    belongs = world is not None and generation == world.generation and name in world.members
+    if belongs and (known := state.workers.get(name)) is not None and known.generation == generation:
+        known.slot, known.connected, known.heard_at = slot, True, now
+    else:
+        state.workers[name] = Worker(name, slot, heard_at=now, generation=generation if belongs else -1)
+    return belongs or generation < 0
+
+
+def ready(state: State, now: float, name: str, *, after: int, broken: bool, num_micro_batches: int) -> None:
+    """A worker waits for a world."""
+    worker = state.workers.get(name)
+    if worker is None:
+        return
+    world = state.world
+    worker.heard_at = now
+    worker.ready, worker.ready_at, worker.broken = True, now, broken
+    if after != worker.generation:
+        worker.generation = -1  # it waits after a world that is not the newest: like a new one
+    elif world is not None and world.generation == after and not broken and world.boundary_since is None:
+        world.boundary_since = now
+    if after >= 0 or not state.num_micro_batches:
+        state.num_micro_batches = num_micro_batches
+
+
+def entered(state: State, now: float, name: str, generation: int) -> None:
+    """A worker is in the world that forms; with the last one it runs."""
+    world = state.world
+    if world is None or world.generation != generation or world.phase is not Phase.FORMING:
+        return
+    world.entered.add(name)
+    if world.entered.issuperset(world.members):
+        world.phase, world.since = Phase.RUNNING, now
+
+
+def beat(state: State, now: float, name: str, *, stage: str, update: int, busy: float, num_micro_batches: int) -> None:
+    """A worker gave a sign of life."""
+    worker = state.workers.get(name)
+    if worker is None:
+        return
+    worker.heard_at = now
+    if (worker.stage, worker.update) != (stage, update):
+        worker.stage, worker.update, worker.stage_since = stage, update, now
+    worker.busy_until = now + busy
+    if is_inside(state, name):
+        state.num_micro_batches = num_micro_batches
+
+
+def leaving(state: State, name: str) -> None:
+    """A worker is to leave at the next boundary."""
+    if (worker := state.workers.get(name)) is not None:
+        worker.leaving = True
+
+
+def left(state: State, now: float, name: str) -> None:
+    """A worker said goodbye in good order."""
+    world = state.world
+    if world is not None and is_inside(state, name):
+        world.left.add(name)
+        if world.boundary_since is None:
+            world.boundary_since = now
+    state.workers.pop(name, None)
+
+
+def disconnected(state: State, now: float, name: str) -> None:
+    """A worker's connection broke."""
+    if (worker := state.workers.get(name)) is not None and worker.connected:
+        worker.connected, worker.disconnected_at = False, now
+
+
+def exited(state: State, now: float, name: str, config: MembershipConfig) -> None:
+    """Whoever started the worker saw its process end: it certainly trains no more."""
+    if name in state.workers:
+        lost(state, now, name, config)
+    if state.world is not None:
+        state.world.certainly_gone.add(name)
+        if state.world.certainly_gone.issuperset(state.world.members):
+            state.orphaned_at = None
+
+
+def lost(state: State, now: float, name: str, config: MembershipConfig) -> None:
+    """A worker is given up; a slot that loses too many is held off for a while."""
+    was_inside = is_inside(state, name)
+    worker = state.workers.pop(name)
+    recent = [at for at in state.crashes.get(worker.slot, ()) if now - at < config.crash_window]
+    state.crashes[worker.slot] = [*recent, now]
+    if len(recent) + 1 >= config.crashes:
+        times = state.cool_downs.get(worker.slot, 0)
+        state.cooling[worker.slot] = now + config.cool_down * 2 ** min(times, 4)
+        state.cool_downs[worker.slot] = times + 1
+        del state.crashes[worker.slot]
+    if was_inside and not inside(state):
+        state.orphaned_at = now
+
+
+def woke_late(state: State, now: float) -> None:
+    """The coordinator itself was held up: silence meanwhile says nothing about the workers."""
+    for worker in state.workers.values():
+        worker.heard_at = now
+
+
+def world_ended(state: State, now: float) -> None:
+    """The workers were told that their world is over."""
+    assert state.world is not None
+    state.world.phase, state.world.since = Phase.ENDING, now
+
+
+def regroup_asked(state: State, reason: str) -> None:
+    """The workers were asked to leave their world at the next boundary."""
+    assert state.world is not None
+    state.world.regroup = reason
+
+
+def world_announced(state: State, now: float, members: tuple[str, ...]) -> World:
+    """The workers were told to form a new world."""
+    state.generation += 1
+    state.world = World(state.generation, members, Phase.FORMING, now)
+    state.orphaned_at = None
+    for name in members:
+        worker = state.workers[name]
+        worker.ready, worker.broken, worker.generation = False, False, state.generation
+        worker.stage, worker.stage_since, worker.busy_until = "form", now, 0.0
+    return state.world
+
+
+def is_inside(state: State, name: str) -> bool:
+    """Whether a worker is in the newest world, or waits after it."""
+    world, worker = state.world, state.workers.get(name)
+    return world is not None and worker is not None and name in world.members and worker.generation == world.generation
+
+
+def inside(state: State) -> list[Worker]:
+    """The workers that are in the newest world, or wait after it, by rank."""
+    members = state.world.members if state.world is not None else ()
+    return [state.workers[name] for name in members if is_inside(state, name)]

@@ -1,0 +1,148 @@
+"""What the coordinator knows: workers and the world. Plain data; `events` change it, `decide` reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal
+
+WorkerState = Literal["joining", "standby", "spare", "active", "draining", "gone", "lost", "cooling down"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MembershipConfig:
+    """How membership is decided. Times in seconds.
+
+    Args:
+        min_workers: A world starts with at least so many.
+        max_workers: And never has more.
+        spares: Workers beyond the number of micro-batches that are wanted in the world.
+        beat: Between a worker's signs of life.
+        eviction: Silence after which a worker counts as lost.
+        gather: How long the workers of an ended world have to come to the next one.
+        form: How long forming a world and agreeing on its state may take.
+        reconnect_grace: How long broken connections are waited for when many break at once, or after a restart.
+        settle: How long a broken connection is not yet a loss, so that many that break at once are seen together.
+        orphan_grace: How long a lost world is waited for before another one starts without any of its members.
+        stall: How long a worker may keep all others waiting, at least; beyond, ten median updates.
+        crashes: So many losses of one slot within `crash_window` cool it down.
+        crash_window: See `crashes`.
+        cool_down: The first time; each further one is twice as long, up to sixteen times.
+    """
+
+    min_workers: int = 1
+    max_workers: int = 1
+    spares: int = 0
+    beat: float = 1.0
+    eviction: float = 3.0
+    gather: float = 10.0
+    form: float = 30.0
+    reconnect_grace: float = 5.0
+    settle: float = 0.02
+    orphan_grace: float = 60.0
+    stall: float = 30.0
+    crashes: int = 3
+    crash_window: float = 60.0
+    cool_down: float = 30.0
+
+
+@dataclass(slots=True)
+class Worker:
+    """One process.
+
+    Attributes:
+        name: As in its `Hello`.
+        slot: What is started again when it dies.
+        connected: Whether its connection stands.
+        heard_at: When it last said anything.
+        disconnected_at: When its connection broke.
+        ready: Whether it waits for a world.
+        ready_at: Since when; joiners are taken in that order.
+        generation: The world that it is in, or waits after; -1: none.
+        broken: Whether that one broke.
+        leaving: Whether it is to leave at the next boundary.
+        stage: What it is at, and since when.
+        busy_until: Until then its stage is no stall.
+    """
+
+    name: str
+    slot: str
+    connected: bool = True
+    heard_at: float = 0.0
+    disconnected_at: float = 0.0
+    ready: bool = False
+    ready_at: float = 0.0
+    generation: int = -1
+    broken: bool = False
+    leaving: bool = False
+    stage: str = "wait"
+    stage_since: float = 0.0
+    busy_until: float = 0.0
+    update: int = 0
+
+
+class Phase(Enum):
+    """Where a world is in its life."""
+
+    FORMING = "forming"
+    RUNNING = "running"
+    ENDING = "ending"
+    """Its workers come out of it; the next one waits for them."""
+
+
+@dataclass(slots=True)
+class World:
+    """The newest world.
+
+    Attributes:
+        generation: Its number.
+        members: Its workers by rank.
+        phase: Where it is in its life.
+        since: When that began.
+        entered: Those that are in, while it forms.
+        regroup: Why its workers were asked to leave it at a boundary; None: they were not.
+        boundary_since: When the first of them did.
+        left: Workers that left it in good order.
+        certainly_gone: Workers whose processes were seen to end.
+        recovered: Whether it is older than this coordinator: its workers may still reconnect.
+    """
+
+    generation: int
+    members: tuple[str, ...]
+    phase: Phase
+    since: float
+    entered: set[str] = field(default_factory=set)
+    regroup: str | None = None
+    boundary_since: float | None = None
+    left: set[str] = field(default_factory=set)
+    certainly_gone: set[str] = field(default_factory=set)
+    recovered: bool = False
+
+
+@dataclass(slots=True)
+class State:
+    """Everything that decisions are made of.
+
+    Attributes:
+        workers: By name; those that said goodbye or were lost are no longer here.
+        world: The newest world; None before the first, and after one of which nobody is left.
+        generation: The greatest number that any world had.
+        num_micro_batches: Of the next update; 0: not known yet.
+        ended: Why the job is over; None: it is not.
+        orphaned_at: When the last worker of the last world was lost, which may train on unseen; None: none may.
+        crashes: Slot -> times of its losses within the window.
+        cooling: Slot -> until when it is held off.
+        cool_downs: Slot -> how often it was held off.
+        median_update: Seconds of an update.
+    """
+
+    workers: dict[str, Worker] = field(default_factory=dict)
+    world: World | None = None
+    generation: int = 0
+    num_micro_batches: int = 0
+    ended: str | None = None
+    orphaned_at: float | None = None
+    crashes: dict[str, list[float]] = field(default_factory=dict)
+    cooling: dict[str, float] = field(default_factory=dict)
+    cool_downs: dict[str, int] = field(default_factory=dict)
+    median_update: float = 0.0

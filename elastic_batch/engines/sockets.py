@@ -1,0 +1,45 @@
+"""The connections that a process group opened: found while it forms, shut down when its world has to end."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from contextlib import suppress
+
+Descriptors = dict[int, int]
+"""Descriptor -> inode of the socket behind it; a number that was given to another socket since is told by that."""
+
+
+def open_sockets() -> Descriptors:
+    """This process's network sockets."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            status = os.fstat(int(name))
+            if stat.S_ISSOCK(status.st_mode) and _is_network_socket(int(name)):
+                found[int(name)] = status.st_ino
+    return found
+
+
+def opened_since(before: Descriptors) -> Descriptors:
+    """Those that were not open at an earlier look."""
+    now = open_sockets()
+    return {number: inode for number, inode in now.items() if before.get(number) != inode}
+
+
+def shut_down(descriptors: Descriptors) -> None:
+    """Shut connections down without closing their descriptors, which are their owner's."""
+    for number, inode in descriptors.items():
+        with suppress(OSError):
+            duplicate = os.dup(number)
+            with socket.socket(fileno=duplicate) as connection:
+                # gloo ends the process when its listening socket fails.
+                is_listening = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                if os.fstat(duplicate).st_ino == inode and not is_listening:
+                    connection.shutdown(socket.SHUT_RDWR)
+
+
+def _is_network_socket(number: int) -> bool:
+    with socket.socket(fileno=os.dup(number)) as duplicate:
+        return duplicate.family in (socket.AF_INET, socket.AF_INET6)

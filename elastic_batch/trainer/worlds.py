@@ -1,0 +1,158 @@
+"""A worker's way from world to world: enter one, take the state that its workers agree on, take up its duties."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+
+import torch
+
+from elastic_batch.checkpoint import Checkpoint
+from elastic_batch.engines import Engine, Membership, Standing
+from elastic_batch.errors import ElasticBatchError, NoNextWorld, WorkerFailed, WorldBroken
+from elastic_batch.trainer.failures import exchange, judge, texts
+from elastic_batch.trainer.handover import NOWHERE, Muster, hand_over, muster
+from elastic_batch.trainer.options import TrainerOptions
+from elastic_batch.trainer.progress import Progress
+from elastic_batch.trainer.recorder import Recorder
+from elastic_batch.trainer.saving import SavedState, find_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+class Worlds:
+    """Brings one worker into world after world. In each, all workers stand at the same position with the same state.
+
+    Args:
+        membership: Where worlds come from.
+        device: Where the model lives.
+        options: Where a run is resumed from.
+        state: What workers hand to each other.
+        progress: How far this worker is.
+        recorder: The lead worker's records; opened and closed here, as the lead changes.
+        standing: What this worker is at, for whoever reports it.
+    """
+
+    def __init__(
+        self,
+        membership: Membership,
+        device: torch.device,
+        options: TrainerOptions,
+        state: SavedState,
+        progress: Progress,
+        recorder: Recorder,
+        standing: Standing,
+    ) -> None:
+        self._membership = membership
+        self._device = device
+        self._options = options
+        self._state = state
+        self._progress = progress
+        self._recorder = recorder
+        self._standing = standing
+
+    def first(self) -> Engine:
+        """Enter the first world; its lead takes up the run if nobody has it yet.
+
+        Raises:
+            ElasticBatchError: The run directory or the checkpoint cannot be used.
+            WorldBroken: The other workers did not come.
+        """
+        self._standing.stage = "wait"
+        return self._enter(self._membership.first(self._standing, self._recorder.fingerprint))[0]
+
+    def next(self, ended: Engine, *, broken: bool, evaluating: bool = False) -> tuple[Engine, bool]:
+        """Enter the world after one that broke or was left at a boundary.
+
+        Args:
+            ended: The world until now.
+            broken: Whether it broke.
+            evaluating: Whether this worker is in the middle of an evaluation.
+
+        Returns:
+            The world, and whether all of its workers said that they are evaluating.
+
+        Raises:
+            NoNextWorld: There is none.
+        """
+        return self._enter(self._leave(ended, broken=broken), evaluating)
+
+    def _leave(self, ended: Engine, *, broken: bool) -> Engine:
+        if broken:
+            ended.abort()  # so that this worker's neighbours hear of it too
+        ended.close()
+        self._standing.stage = "wait"
+        return self._membership.next(ended, broken=broken)
+
+    def _enter(self, engine: Engine, evaluating: bool = False) -> tuple[Engine, bool]:
+        while True:
+            try:
+                return engine, self._agree(engine, evaluating)
+            except NoNextWorld:
+                raise
+            except WorldBroken as error:
+                logger.warning("%s", error)
+            engine = self._leave(engine, broken=True)
+
+    def _agree(self, engine: Engine, evaluating: bool) -> bool:
+        """Reach one state on all workers. Returns whether all are evaluating."""
+        self._standing.stage = "sync"
+        is_lead = engine.rank == 0
+        found = muster(engine, self._progress.whereabouts, evaluating=evaluating, device=self._device)
+        is_new = max(found.all) == NOWHERE
+        if is_new:
+            self._attempt(engine, lambda: self._take_up(engine.generation) if is_lead else None)
+            found = muster(engine, self._progress.whereabouts, evaluating=evaluating, device=self._device)
+        if not found.agreed:
+            self._take_over(engine, found)
+        self._attempt(engine, lambda: self._recorder.enter(engine.generation, is_lead, self._progress, is_new=is_new))
+        self._membership.entered(engine)
+        return found.evaluating == engine.size
+
+    def _attempt(self, engine: Engine, action: Callable[[], None]) -> None:
+        """Do something that may fail on some worker; all raise what one of them meets. A collective."""
+        error: Exception | None = None
+        try:
+            action()
+        except (ElasticBatchError, OSError) as caught:
+            error = caught
+        failures = exchange(engine, judge(error, 1) if error else None, self._device)
+        if error is not None:
+            raise error
+        if failures:
+            raise WorkerFailed("the start", texts(failures))
+
+    def _take_up(self, generation: int) -> None:
+        """Load the checkpoint to resume from, or begin."""
+        checkpoint: Checkpoint | None = find_checkpoint(
+            os.fspath(self._options.resume), self._recorder.checkpoint_location
+        )
+        progress = self._progress
+        if checkpoint is not None:
+            self._recorder.resume(checkpoint)
+            self._state.restore(checkpoint.state)
+            progress.position, progress.num_updates = checkpoint.manifest.position, checkpoint.manifest.update
+            logger.info(
+                "resumed %s at position %d, update %d",
+                checkpoint.manifest.name,
+                progress.position,
+                progress.num_updates,
+            )
+        progress.origin = generation
+
+    def _take_over(self, engine: Engine, found: Muster) -> None:
+        """Have the most advanced worker's state sent to those that have another one or none."""
+        wanted = found.all[engine.rank] != found.all[found.source]
+
+        def collect() -> dict[str, object]:
+            checkpoint = self._recorder.last_checkpoint
+            return {"run": self._state.collect(), "checkpoint": checkpoint, **self._progress.to_state()}
+
+        received = hand_over(engine, found.source, collect, wanted=wanted, device=self._device)
+        if received is None:
+            return
+        self._progress.origin = -1  # until all of it is in place
+        self._state.restore(received["run"])
+        self._progress.take(received)
+        self._recorder.checkpoint_known(received["checkpoint"])
