@@ -58,6 +58,10 @@ class NoNextWorld(WorldBroken):
     """A world broke, and there is nobody who could form another one."""
 
 
+class Refusal(ElasticBatchError):
+    """The coordinator does not let this worker take part."""
+
+
 class LeftWorld(SystemExit):
     """This worker left the world, or was never wanted, while the job goes on or is complete elsewhere.
 

@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import ProcessGroupGloo, Store
 
 from elastic_batch.engines.launchers import LaunchedWorld
 from elastic_batch.engines.protocol import Handle
-from elastic_batch.engines.sockets import Descriptors, open_sockets, opened_since, shut_down
+from elastic_batch.engines.sockets import Descriptors, Formation, open_sockets, opened_since, shut_down
 from elastic_batch.errors import WorldBroken
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
@@ -79,39 +79,45 @@ class DistributedEngine:
     def form(
         cls,
         store: Store,
+        formation: Formation,
         *,
         rank: int,
         size: int,
         generation: int,
         device: torch.device,
         address: str,
+        forming_timeout: timedelta,
         timeout: timedelta = DEFAULT_TIMEOUT,
     ) -> DistributedEngine:
         """Form a world in a living process. Blocks until all workers are connected; nothing uses the store afterwards.
 
         Args:
             store: Where the workers of this generation, and no others, meet.
+            formation: Lets another thread break the forming off.
             rank: This worker's place.
             size: Number of workers.
             generation: Which world this is.
             device: Where the model lives: NCCL for CUDA, else gloo.
             address: This host's, as the others can reach it.
+            forming_timeout: How long to wait for each of the others while the world forms.
             timeout: How long to wait in each collective.
 
         Raises:
-            WorldBroken: The store was withdrawn, or a worker did not come.
+            WorldBroken: The forming was broken off, the store was withdrawn, or a worker did not come.
         """
         backend = "nccl" if device.type == "cuda" else "gloo"
-        before = open_sockets()
         try:
             if backend == "nccl":
-                group = _nccl_group(store, rank, size, device, timeout)
+                group = _nccl_group(store, rank, size, device, forming_timeout)
             else:
-                group = _gloo_group(store, rank, size, address, timeout)
+                group = _gloo_group(store, rank, size, address, forming_timeout)
+            engine = cls(group, backend, generation, formation.sockets())
+            if formation.is_aborted:
+                engine.abort()
+            engine.all_reduce(torch.zeros(1, device=device)).wait()  # NCCL connects at the first collective
+            group._set_default_timeout(timeout)
         except (RuntimeError, ValueError, OSError) as error:
             raise WorldBroken(f"the world could not be formed: {_first_line(error)}", generation) from None
-        engine = cls(group, backend, generation, opened_since(before))
-        engine.all_reduce(torch.zeros(1, device=device)).wait()  # NCCL connects at the first collective
         return engine
 
     def all_reduce(self, tensor: Tensor) -> Handle:

@@ -23,9 +23,30 @@ def open_sockets() -> Descriptors:
 
 
 def opened_since(before: Descriptors) -> Descriptors:
-    """Those that were not open at an earlier look."""
+    """This process's network sockets that were not open at an earlier look."""
     now = open_sockets()
     return {number: inode for number, inode in now.items() if before.get(number) != inode}
+
+
+class Formation:
+    """The forming of a process group, which another thread may break off."""
+
+    def __init__(self) -> None:
+        self._before = open_sockets()
+        self._aborted = False
+
+    def abort(self) -> None:
+        """Make the forming fail soon. Never blocks."""
+        self._aborted = True
+        shut_down(self.sockets())
+
+    def sockets(self) -> Descriptors:
+        """What was opened since it began."""
+        return opened_since(self._before)
+
+    @property
+    def is_aborted(self) -> bool:
+        return self._aborted
 
 
 def shut_down(descriptors: Descriptors) -> None:

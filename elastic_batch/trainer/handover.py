@@ -14,6 +14,7 @@ from torch import Tensor
 from elastic_batch.checkpoint import put_together, take_apart
 from elastic_batch.engines import Engine
 from elastic_batch.errors import WorldBroken
+from elastic_batch.failpoints import reach
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -97,6 +98,7 @@ def hand_over(
     checksum = 0
     for index, (shape, dtype) in enumerate(outline["tensors"]):
         tensor = tensors[index].to(device).contiguous() if sends else torch.empty(shape, dtype=dtype, device=device)
+        reach("transfer.tensor")
         if tensor.numel():
             engine.broadcast(tensor.view(-1).view(torch.uint8), source).wait()  # gloo knows few types
         if sends or wanted:

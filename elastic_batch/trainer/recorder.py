@@ -10,6 +10,7 @@ from typing import Any
 
 from elastic_batch.checkpoint import Checkpoint, CheckpointInfo, CheckpointStore, Manifest, check_fingerprint
 from elastic_batch.engines import Engine
+from elastic_batch.failpoints import reach
 from elastic_batch.noise import NoiseScaleEstimator
 from elastic_batch.schedule import Duration, Schedule, walk
 from elastic_batch.trainer.options import TrainerOptions
@@ -212,6 +213,7 @@ class Recorder:
     def _checkpoint(self, collect: Collect, position: int, num_updates: int) -> None:
         assert self._saver is not None
         assert self._outlets is not None
+        reach("checkpoint.start")
         started = time.monotonic()
         info = CheckpointInfo(position=position, update=num_updates, fingerprint=self.fingerprint)
         if self._saver.save(collect, info):

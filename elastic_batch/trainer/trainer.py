@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from elastic_batch.data import count_samples
 from elastic_batch.engines import Membership, SoloEngine, Standing, Wishes, open_membership
 from elastic_batch.errors import LeftWorld, MisusedTrainer, WorkerFailed, WorkersDiverged, WorldBroken
+from elastic_batch.failpoints import reach
 from elastic_batch.ghost import RunningStatistics
 from elastic_batch.gradients import GradientBuckets
 from elastic_batch.schedule import ScheduleContext, ScheduleSpec
@@ -443,6 +444,7 @@ class Trainer:
     def _depart(self, machinery: Machinery) -> None:
         """Leave the world at this boundary; the others go on."""
         assert self._membership is not None
+        reach("leave.start")
         self._recorder.close()
         machinery.engine.close()
         self._standing.ended = "left"

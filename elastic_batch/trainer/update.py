@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from elastic_batch.data import BatchSource, DataError, PassRequest
 from elastic_batch.engines import Engine, Standing, Wishes
 from elastic_batch.errors import MisusedTrainer, NonFinite, WorldBroken
+from elastic_batch.failpoints import reach
 from elastic_batch.ghost import RunningStatistics
 from elastic_batch.gradients import GradientBuckets
 from elastic_batch.noise import NoiseScaleEstimator
@@ -290,6 +291,7 @@ class Update:
 
     def _accumulate(self, loss: Tensor, count: int, weight: Tensor | float) -> None:
         machinery = self._machinery
+        reach("compute.pass")
         is_first, is_last = self._num_done == 0, self._num_done + 1 == len(self._requests)
         machinery.tally.add(loss, count, weight)
         if count != self._divisor:
@@ -314,6 +316,7 @@ class Update:
         machinery = self._machinery
         buckets, engine = machinery.buckets, machinery.engine
         machinery.standing.stage = "reduce"
+        reach("reduce.start")
         try:
             buckets.flush(engine, self._norms_on_launch())
             packed = machinery.tally.pack(
@@ -323,6 +326,7 @@ class Update:
                 statistics=machinery.statistics.sums(),
                 divisor=self._divisor,
             )
+            reach("reduce.header")
             handle = engine.all_reduce(packed)
         except WorldBroken:
             with suppress(WorldBroken):
@@ -341,6 +345,7 @@ class Update:
             raise NonFinite(what, self.plan.index, machinery.last_checkpoint())
         self.header = header
         machinery.standing.stage = "commit"
+        reach("commit.start")
         machinery.is_whole = False
         if finite_loss and finite_gradient and header.weight > 0:
             self._apply(header, statistics)
@@ -348,6 +353,7 @@ class Update:
         else:
             self.outcome = Outcome.SKIPPED
         machinery.scaler.record(overflow=overflow)
+        reach("commit.done")
         self._on_commit(self)
         machinery.is_whole = True
 

@@ -11,6 +11,7 @@ import torch
 from elastic_batch.checkpoint import Checkpoint
 from elastic_batch.engines import Engine, Membership, Standing
 from elastic_batch.errors import ElasticBatchError, NoNextWorld, WorkerFailed, WorldBroken
+from elastic_batch.failpoints import reach
 from elastic_batch.trainer.failures import exchange, judge, texts
 from elastic_batch.trainer.handover import NOWHERE, Muster, hand_over, muster
 from elastic_batch.trainer.options import TrainerOptions
@@ -98,6 +99,7 @@ class Worlds:
     def _agree(self, engine: Engine, evaluating: bool) -> bool:
         """Reach one state on all workers. Returns whether all are evaluating."""
         self._standing.stage = "sync"
+        reach("sync.start")
         is_lead = engine.rank == 0
         found = muster(engine, self._progress.whereabouts, evaluating=evaluating, device=self._device)
         is_new = max(found.all) == NOWHERE
@@ -107,6 +109,7 @@ class Worlds:
         if not found.agreed:
             self._take_over(engine, found)
         self._attempt(engine, lambda: self._recorder.enter(engine.generation, is_lead, self._progress, is_new=is_new))
+        reach("sync.done")
         self._membership.entered(engine)
         return found.evaluating == engine.size
 

@@ -1,0 +1,114 @@
+"""Where the coordinator is and what opens its door: from the environment, or from the run directory's file."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from elastic_batch.errors import InvalidSetting
+from elastic_batch.protocol import PATH
+
+COORDINATOR, TOKEN_FILE, RUN_DIR = "ELASTIC_BATCH_COORDINATOR", "ELASTIC_BATCH_TOKEN_FILE", "ELASTIC_BATCH_RUN_DIR"
+SLOT, NAME, ADDRESS = "ELASTIC_BATCH_SLOT", "ELASTIC_BATCH_WORKER_NAME", "ELASTIC_BATCH_ADDRESS"
+ANNOUNCEMENT = "coordinator.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """A coordinator's address and token.
+
+    Args:
+        url: `http://host:port` or `https://host:port`.
+        token: What every request carries.
+    """
+
+    url: str
+    token: str
+
+    @property
+    def websocket_url(self) -> str:
+        """Where workers connect."""
+        return "ws" + self.url.removeprefix("http").rstrip("/") + PATH
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """How a worker finds the coordinator and presents itself.
+
+    Args:
+        url: The coordinator's address; None: as the run directory says.
+        token_file: A file with the token, or a coordinator's announcement.
+        run_dir: The run's directory, where the coordinator announces itself.
+        name: The worker's name.
+        slot: What is started again when the worker dies.
+        address: Where the other workers reach this host; None: the interface that reaches the coordinator.
+    """
+
+    url: str | None
+    token_file: Path | None
+    run_dir: Path | None
+    name: str
+    slot: str
+    address: str | None
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> Credentials:
+        """What `ELASTIC_BATCH_*` say.
+
+        Raises:
+            InvalidSetting: The address is none, or there is no token.
+        """
+        url, token_file, run_dir = environ.get(COORDINATOR), environ.get(TOKEN_FILE), environ.get(RUN_DIR)
+        if url is not None and urlsplit(url).scheme not in ("http", "https"):
+            raise InvalidSetting(COORDINATOR, url, "must be an address such as http://10.0.0.1:7077")
+        if token_file is None and run_dir is None:
+            raise InvalidSetting(TOKEN_FILE, None, f"must name a file with the token, or {RUN_DIR} the run's directory")
+        host = socket.gethostname()
+        return cls(
+            url=url,
+            token_file=Path(token_file) if token_file else None,
+            run_dir=Path(run_dir) if run_dir else None,
+            name=environ.get(NAME) or f"{host}-{os.getpid()}-{secrets.token_hex(2)}",
+            slot=environ.get(SLOT) or host,
+            address=environ.get(ADDRESS),
+        )
+
+    def door(self) -> Door:
+        """The coordinator as it is announced now; a restarted one may have moved.
+
+        Raises:
+            FileNotFoundError: No coordinator has announced itself yet.
+            InvalidSetting: A file cannot be read or does not hold what it should.
+        """
+        announced = _announcement(self.run_dir / ANNOUNCEMENT) if self.run_dir is not None else {}
+        if not announced and self.url is None:
+            raise FileNotFoundError(f"{self.run_dir} has no {ANNOUNCEMENT} yet")
+        url = announced.get("url") or self.url
+        token = announced.get("token") if self.token_file is None else _token(self.token_file)
+        if not url or not token:
+            raise InvalidSetting(COORDINATOR, url, "must be known, and its token too", f"Give {COORDINATOR}")
+        return Door(url, token)
+
+
+def _announcement(path: Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InvalidSetting(RUN_DIR, path.parent, f"must hold a readable {ANNOUNCEMENT} ({error})") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _token(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise InvalidSetting(TOKEN_FILE, path, f"must be readable ({error.strerror})") from None
+    return str(_announcement(path).get("token", "")) if text.startswith("{") else text

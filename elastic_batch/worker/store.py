@@ -1,0 +1,76 @@
+"""The store through which the workers of one generation find each other: the coordinator's, over the session."""
+
+from __future__ import annotations
+
+from base64 import b64decode, b64encode
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from torch._C._distributed_c10d import Store
+
+from elastic_batch.protocol import StoreReply
+
+Ask = Callable[..., StoreReply]
+"""Of a `StoreRequest`'s fields but `request`; blocks for the reply and raises RuntimeError where there is none."""
+
+
+class SessionStore(Store):
+    """What torch.distributed needs of a store, for one generation; withdrawn, every wait in it raises at once.
+
+    Args:
+        ask: Sends a request of this generation.
+        timeout: How long a wait lasts where torch says nothing else.
+    """
+
+    def __init__(self, ask: Ask, timeout: timedelta) -> None:
+        super().__init__()
+        self._ask = ask
+        self._timeout = timeout
+
+    @property
+    def timeout(self) -> timedelta:
+        return self._timeout
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        self._timeout = timeout
+
+    def set(self, key: str, value: Any) -> None:
+        self._ask(operation="set", keys=(key,), value=_encode(value))
+
+    def get(self, key: str) -> bytes:
+        return self._wait_for([key], self._timeout)[0]
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        self._wait_for(keys, timeout or self._timeout)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return self._wait_for(keys, self._timeout)
+
+    def multi_set(self, keys: list[str], values: list[Any]) -> None:
+        for key, value in zip(keys, values, strict=True):
+            self.set(key, value)
+
+    def add(self, key: str, amount: int) -> int:
+        return self._ask(operation="add", keys=(key,), amount=amount).number
+
+    def append(self, key: str, value: Any) -> None:
+        self._ask(operation="append", keys=(key,), value=_encode(value))
+
+    def check(self, keys: list[str]) -> bool:
+        return bool(self._ask(operation="check", keys=tuple(keys)).number)
+
+    def delete_key(self, key: str) -> bool:
+        return bool(self._ask(operation="delete", keys=(key,)).number)
+
+    def compare_set(self, key: str, expected: Any, value: Any) -> bytes:
+        reply = self._ask(operation="compare_set", keys=(key,), expected=_encode(expected), value=_encode(value))
+        return b64decode(reply.values[0])
+
+    def _wait_for(self, keys: list[str], timeout: timedelta) -> list[bytes]:
+        reply = self._ask(operation="get", keys=tuple(keys), wait_seconds=timeout.total_seconds())
+        return [b64decode(value) for value in reply.values]
+
+
+def _encode(value: Any) -> str:
+    return b64encode(value.encode() if isinstance(value, str) else bytes(value)).decode()
