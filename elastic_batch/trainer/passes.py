@@ -18,9 +18,9 @@ from elastic_batch.schedule import Schedule
 from elastic_batch.shares import share
 from elastic_batch.trainer.failures import is_out_of_memory
 from elastic_batch.trainer.fusing import obstacle_to_fusing
+from elastic_batch.trainer.machinery import Machinery
 from elastic_batch.trainer.options import TrainerOptions
 from elastic_batch.trainer.precision import autocast
-from elastic_batch.trainer.update import Machinery
 
 logger = logging.getLogger(__name__)
 

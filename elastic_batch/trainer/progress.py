@@ -20,6 +20,7 @@ class Progress:
         width: Micro-batches of a pass; 0: not settled.
         header: The newest update's.
         stop_reason: Why the run stopped before its end; None: it did not.
+        stop_wanted: Why this worker wants it to stop after the next update; None: it does not.
     """
 
     position: int = 0
@@ -28,6 +29,7 @@ class Progress:
     width: int = 0
     header: Header | None = None
     stop_reason: str | None = None
+    stop_wanted: str | None = None
 
     @property
     def whereabouts(self) -> Whereabouts:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import signal
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, Self
 
 from torch import nn
@@ -13,13 +11,11 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from elastic_batch.data import count_samples
-from elastic_batch.engines import Membership, SoloEngine, Standing, Wishes, open_membership
-from elastic_batch.errors import LeftWorld, MisusedTrainer, WorkerFailed, WorkersDiverged, WorldBroken
-from elastic_batch.failpoints import reach
+from elastic_batch.engines import Membership, SoloEngine, Standing, open_membership
+from elastic_batch.errors import MisusedTrainer, WorldBroken
 from elastic_batch.ghost import RunningStatistics
 from elastic_batch.gradients import GradientBuckets
 from elastic_batch.schedule import ScheduleContext, ScheduleSpec
-from elastic_batch.trainer.agreement import require_same_parameters
 from elastic_batch.trainer.assembly import (
     convert_norms,
     fingerprint,
@@ -30,20 +26,18 @@ from elastic_batch.trainer.assembly import (
     require_schedule,
 )
 from elastic_batch.trainer.evaluation import Measure, evaluate
-from elastic_batch.trainer.failures import Severity, exchange, texts
-from elastic_batch.trainer.header import Header, Tally
+from elastic_batch.trainer.header import Tally
+from elastic_batch.trainer.loop import UpdateLoop
+from elastic_batch.trainer.machinery import Machinery
 from elastic_batch.trainer.options import TrainerOptions
 from elastic_batch.trainer.passes import LossFn, settle_width
-from elastic_batch.trainer.phase_log import PhaseLog
-from elastic_batch.trainer.plan import UpdatePlan, forecast, plan_update
 from elastic_batch.trainer.precision import LossScaler, autocast
 from elastic_batch.trainer.progress import Progress
 from elastic_batch.trainer.recorder import Recorder
 from elastic_batch.trainer.saving import SavedState, Stateful
-from elastic_batch.trainer.signals import stopping_on_signals
 from elastic_batch.trainer.steering import SteeredOptimizer
 from elastic_batch.trainer.stochastic import PassRandomness
-from elastic_batch.trainer.update import Machinery, Outcome, Update
+from elastic_batch.trainer.update import Update
 from elastic_batch.trainer.worlds import Worlds
 
 logger = logging.getLogger(__name__)
@@ -112,15 +106,7 @@ class Trainer:
         parts: dict[str, Stateful] = {"optimizer": self._optimizer, "scaler": self._scaler}
         self._state = SavedState(self._plain_model, parts | ({"noise": self._estimator} if self._estimator else {}))
         self._recorder = Recorder(self.options, self.schedule, fingerprint(self.options, self.schedule, optimizer))
-        self._machinery: Machinery | None = None
-        self._worlds: Worlds | None = None
-        self._wished = Wishes()
-        self._stop_wanted: str | None = None
-        self._has_looped = False
-        self._plan: UpdatePlan | None = None
-        self._failed_update: int | None = None
-        self._mean_unchecked = self.options.check_loss
-        self._phase_log = PhaseLog(self.schedule.rule, self.options.spares)
+        self._loop: UpdateLoop | None = None
 
     @property
     def position(self) -> int:
@@ -148,6 +134,11 @@ class Trainer:
         return self._begin().engine.rank == 0
 
     @property
+    def generation(self) -> int:
+        """Which world this worker is in. It blocks until there is one."""
+        return self._begin().engine.generation
+
+    @property
     def last_record(self) -> dict[str, Any]:
         """The newest update's line in the metrics log; empty before the first and on other workers than the lead."""
         return self._recorder.last_record
@@ -170,7 +161,7 @@ class Trainer:
 
     def stop(self, reason: str) -> None:
         """End the run after the update under way, or the next one: on all workers after the same, with a checkpoint."""
-        self._stop_wanted = reason
+        self._progress.stop_wanted = reason
 
     def updates(self) -> Iterator[Update]:
         """Yield update after update until the schedule's end; one that did not commit is yielded again.
@@ -182,31 +173,12 @@ class Trainer:
             WorkersDiverged: The workers' parameters differ.
             WorldBroken: A worker was lost and there is no next world.
         """
-        machinery = self._begin()
-        progress = self._progress
-        if not progress.width:
-            progress.width = settle_width(
-                self.options, self.schedule, self.position, self.model, self._loss_fn, machinery
+        loop = self._begin()
+        if not self._progress.width:
+            self._progress.width = settle_width(
+                self.options, self.schedule, self.position, self.model, self._loss_fn, loop.machinery
             )
-        self._restart_source(machinery)
-        if self._has_looped:
-            progress.stop_reason = None  # that loop's
-        self._has_looped = True
-        concluded = False
-        with stopping_on_signals(self._on_signal):
-            try:
-                while not self.finished and progress.stop_reason is None:
-                    update = self._open(machinery)
-                    yield update
-                    self._settle(machinery, update)
-                self._conclude(machinery)
-                concluded = True
-            except GeneratorExit:
-                progress.stop_reason = "the loop over the updates was left"
-                raise
-            finally:
-                if not concluded:
-                    self._record_end(machinery)
+        yield from loop.run()
 
     def __iter__(self) -> Iterator[Update]:
         """Run update after update with `loss_fn` and yield each when it has committed.
@@ -236,13 +208,13 @@ class Trainer:
             WorkerFailed: `measure` or the data failed on some worker; every worker raises it.
             WorldBroken: A worker was lost and there is no next world.
         """
-        machinery = self._begin()
+        loop = self._begin()
 
         def under_autocast(model: nn.Module, batch: Any) -> Any:
             with autocast(self.options.precision, self._device):
                 return measure(model, batch)
 
-        engine = machinery.engine
+        engine = loop.engine
         while True:
             self._standing.stage = "evaluate"
             try:
@@ -258,9 +230,9 @@ class Trainer:
                 )
                 break
             except WorldBroken:
-                together = self._enter_next_world(machinery, broken=True, evaluating=True)
+                together = loop.enter_next_world(broken=True, evaluating=True)
                 # Workers that joined meanwhile are at an update: they wait there, so the others evaluate each alone.
-                engine = machinery.engine if together else SoloEngine()
+                engine = loop.engine if together else SoloEngine()
         self._standing.stage = "user"
         self._recorder.evaluation(means, self.position, self.num_updates)
         return means["value"] if list(means) == ["value"] else means
@@ -269,10 +241,8 @@ class Trainer:
         """Give everything back: data processes, records, the optimizer and the world."""
         self._recorder.close()
         self._optimizer.close()
-        if self._machinery is not None:
-            self._machinery.source.close()
-            self._machinery.buckets.close()
-            self._machinery.engine.close()
+        if self._loop is not None:
+            self._loop.close()
         if self._membership is not None:
             self._membership.close()
 
@@ -282,12 +252,12 @@ class Trainer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _begin(self) -> Machinery:
+    def _begin(self) -> UpdateLoop:
         """Enter the world and take up the run, once."""
-        if self._machinery is not None:
-            return self._machinery
+        if self._loop is not None:
+            return self._loop
         self._membership = self._membership or open_membership(self._device)
-        self._worlds = Worlds(
+        worlds = Worlds(
             self._membership,
             self._device,
             self.options,
@@ -296,17 +266,14 @@ class Trainer:
             self._recorder,
             self._standing,
         )
-        engine = self._worlds.first()
-        if self.num_updates:
-            self._mean_unchecked = False
-        self._machinery = Machinery(
+        machinery = Machinery(
             model=self._plain_model,
             device=self._device,
             seed=self.options.seed,
             precision=self.options.precision,
             max_grad_norm=self.options.max_grad_norm,
             on_non_finite=self.options.on_non_finite,
-            engine=engine,
+            engine=worlds.first(),
             source=open_training_source(self._train_set, self.options, self._device),
             buckets=GradientBuckets(self._optimizer.parameters),
             tally=Tally(self._device),
@@ -316,43 +283,21 @@ class Trainer:
             scaler=self._scaler,
             estimator=self._estimator,
             standing=self._standing,
-            wishes=self._wishes,
             last_checkpoint=lambda: self._recorder.last_checkpoint,
-            mean_check_due=self._mean_check_due,
+            mean_unchecked=self.options.check_loss and self.num_updates == 0,
         )
-        return self._machinery
-
-    def _open(self, machinery: Machinery) -> Update:
-        self._optimizer.check()
-        plan = self._plan_next()
-        self._phase_log.show(plan, machinery.engine.size)
-        self._recorder.begin_update()
-        self._standing.stage = "compute"
-        requests = plan.passes(rank=machinery.engine.rank, size=machinery.engine.size, width=self._progress.width)
-        return Update(plan, requests, machinery, self._on_commit, self._on_broken)
-
-    def _plan_next(self) -> UpdatePlan:
-        """The update that comes next; it is noted what it asks of the world."""
-        known = self._plan
-        if known is None or known.start != self.position:
-            values = None if known is None or known.start > self.position else known.values
-            self._plan = known = plan_update(self.schedule, self.num_updates, self.position, values)
-            self._standing.num_micro_batches = known.num_micro_batches
-        return known
-
-    def _wishes(self) -> Wishes:
-        """What to ask of the others in the header of the update under way."""
-        assert self._membership is not None
-        self._wished = self._membership.wishes()
-        if self._stop_wanted is not None:
-            self._wished = replace(self._wished, stop=self._stop_wanted)
-        return self._wished
-
-    def _on_signal(self, name: str) -> None:
-        """Leave, if this worker alone is meant and the others can go on; else stop."""
-        assert self._membership is not None
-        if name != signal.Signals.SIGTERM.name or not self._membership.leave():
-            self.stop(name)
+        self._loop = UpdateLoop(
+            membership=self._membership,
+            worlds=worlds,
+            machinery=machinery,
+            schedule=self.schedule,
+            options=self.options,
+            progress=self._progress,
+            standing=self._standing,
+            state=self._state,
+            recorder=self._recorder,
+        )
+        return self._loop
 
     def _run_share(self, update: Update, loss_fn: LossFn) -> None:
         for batch in update:
@@ -365,122 +310,3 @@ class Trainer:
             # Whatever it is, the others must hear of it, or they would wait for this worker in a reduction.
             except Exception as error:
                 update.fail(error)
-
-    def _on_commit(self, update: Update) -> None:
-        assert self._machinery is not None
-        assert self._membership is not None
-        progress, engine = self._progress, self._machinery.engine
-        progress.position, progress.num_updates = update.plan.stop, update.plan.index + 1
-        progress.origin, progress.header = engine.generation, update.committed_header
-        for part in self._state.attached:
-            if hasattr(part, "after_update"):
-                part.after_update(update.global_batch_size)
-        self._recorder.update(update, engine, self._estimator)
-        standing = self._standing
-        standing.update, standing.position, standing.stage = progress.num_updates, progress.position, "user"
-        if not self.finished:
-            self._plan_next()
-        if engine.rank == 0:
-            self._membership.progress(self._recorder.last_record)
-
-    def _on_broken(self, update: Update) -> Header | None:
-        """The world broke in an update: enter the next one. Gives the header if the others have committed it."""
-        assert self._machinery is not None
-        self._enter_next_world(self._machinery, broken=True)
-        if self.num_updates > update.index:
-            return self._progress.header
-        self._recorder.repeated()
-        return None
-
-    def _settle(self, machinery: Machinery, update: Update) -> None:
-        """After the user's turn: act on how the update ended."""
-        if update.outcome in (Outcome.OPEN, Outcome.BROKEN):
-            raise MisusedTrainer("update.step() was not called; call it once at the end of each update")
-        try:
-            if update.outcome is Outcome.VOID:
-                self._repeat(machinery, update)
-            elif update.outcome in (Outcome.COMMITTED, Outcome.SKIPPED):
-                self._after_commit(machinery, update)
-        except WorldBroken:
-            self._enter_next_world(machinery, broken=True)
-
-    def _repeat(self, machinery: Machinery, update: Update) -> None:
-        """Hear what failed on whom; repeat the update, or stop everywhere with the error."""
-        failures = exchange(machinery.engine, update.failure, self._device)
-        worst = max(failure.severity for failure in failures.values())
-        if worst is Severity.FINAL or (worst is Severity.ONCE and self._failed_update == update.index):
-            if isinstance(update.error, MisusedTrainer):
-                raise update.error
-            raise WorkerFailed(f"update {update.index}", texts(failures)) from update.error
-        for rank, text in texts(failures).items():
-            logger.warning("update %d is repeated: worker %d: %s", update.index, rank, text)
-        if worst is Severity.ONCE:
-            self._failed_update = update.index
-        if update.failure is not None and update.failure.severity is Severity.NARROWER:
-            self._progress.width = 1
-        self._recorder.repeated()
-        self._restart_source(machinery)
-
-    def _after_commit(self, machinery: Machinery, update: Update) -> None:
-        every = self.options.check_every
-        if every and self.num_updates % every == 0:
-            try:
-                require_same_parameters(machinery.engine, self._optimizer.parameters, update.index)
-            except WorkersDiverged:
-                machinery.is_whole = False
-                raise
-        header = update.committed_header
-        if header.stop or header.everybody_leaves:
-            asked_here = "every worker was told to leave" if header.everybody_leaves else self._wished.stop
-            self._progress.stop_reason, self._stop_wanted = asked_here or "another worker asked for it", None
-        self._recorder.maybe_checkpoint(self._state.collect, update.plan.start, self.position, self.num_updates)
-        if self.stop_reason is not None or self.finished:
-            return
-        if header.num_leaving and self._wished.leave:
-            self._depart(machinery)
-        if header.num_leaving or header.regroup:
-            self._enter_next_world(machinery, broken=False)
-
-    def _depart(self, machinery: Machinery) -> None:
-        """Leave the world at this boundary; the others go on."""
-        assert self._membership is not None
-        reach("leave.start")
-        self._recorder.close()
-        machinery.engine.close()
-        self._standing.ended = "left"
-        self._membership.close()
-        raise LeftWorld("this worker was told to leave", job_is_complete=False)
-
-    def _conclude(self, machinery: Machinery) -> None:
-        """End together: nobody goes before the last state is saved, and known to be."""
-        while True:
-            self._standing.stage = "end"
-            try:
-                self._record_end(machinery)
-                exchange(machinery.engine, None, self._device)
-            except WorldBroken:
-                self._enter_next_world(machinery, broken=True)
-            else:
-                break
-        self._standing.stage, self._standing.ended = "user", "finished" if self.finished else "stopped"
-
-    def _record_end(self, machinery: Machinery) -> None:
-        collect = self._state.collect if machinery.is_whole else None
-        self._recorder.finish(collect, self.position, self.num_updates, self.stop_reason)
-
-    def _enter_next_world(self, machinery: Machinery, *, broken: bool, evaluating: bool = False) -> bool:
-        """Enter the next world. Returns whether all its workers are evaluating."""
-        assert self._worlds is not None
-        machinery.engine, together = self._worlds.next(machinery.engine, broken=broken, evaluating=evaluating)
-        self._restart_source(machinery)
-        return together
-
-    def _restart_source(self, machinery: Machinery) -> None:
-        engine = machinery.engine
-        machinery.source.start(
-            forecast(self.schedule, self.position, rank=engine.rank, size=engine.size, width=self._progress.width)
-        )
-
-    def _mean_check_due(self) -> bool:
-        due, self._mean_unchecked = self._mean_unchecked, False
-        return due

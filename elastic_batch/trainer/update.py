@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from elastic_batch.data import BatchSource, DataError, PassRequest
-from elastic_batch.engines import Engine, Standing, Wishes
+from elastic_batch.data import DataError, PassRequest
+from elastic_batch.engines import Wishes
 from elastic_batch.errors import MisusedTrainer, NonFinite, WorldBroken
 from elastic_batch.failpoints import reach
-from elastic_batch.ghost import RunningStatistics
-from elastic_batch.gradients import GradientBuckets
-from elastic_batch.noise import NoiseScaleEstimator
 from elastic_batch.randomness import preserved, reseed
 from elastic_batch.stream import micro_batch_seed
 from elastic_batch.trainer.failures import Failure, Severity, is_out_of_memory, judge
-from elastic_batch.trainer.header import Header, Tally, unpack
+from elastic_batch.trainer.header import Header, unpack
+from elastic_batch.trainer.machinery import Machinery
 from elastic_batch.trainer.mean_check import MeanCheck
 from elastic_batch.trainer.plan import UpdatePlan
-from elastic_batch.trainer.precision import LossScaler, Precision, autocast, no_autocast
-from elastic_batch.trainer.steering import SteeredOptimizer
-from elastic_batch.trainer.stochastic import PassDraws, PassRandomness
+from elastic_batch.trainer.precision import autocast, no_autocast
+from elastic_batch.trainer.stochastic import PassDraws
 
 
 class Outcome(Enum):
@@ -47,31 +42,17 @@ class Outcome(Enum):
     """The world broke when others had committed already; their state came with the next one."""
 
 
-@dataclass(kw_only=True)
-class Machinery:
-    """What updates work with; it outlives them."""
+class UpdateOwner(Protocol):
+    """Whoever opens updates."""
 
-    model: nn.Module
-    device: torch.device
-    seed: int
-    precision: Precision
-    max_grad_norm: float | None
-    on_non_finite: Literal["stop", "skip"]
-    engine: Engine
-    source: BatchSource
-    buckets: GradientBuckets
-    tally: Tally
-    statistics: RunningStatistics
-    randomness: PassRandomness
-    optimizer: SteeredOptimizer
-    scaler: LossScaler
-    estimator: NoiseScaleEstimator | None
-    standing: Standing
-    wishes: Callable[[], Wishes]
-    last_checkpoint: Callable[[], str | None]
-    mean_check_due: Callable[[], bool]
-    is_whole: bool = True
-    """False while parameters change: a state that a failure leaves behind then belongs to no position."""
+    def wishes(self) -> Wishes:
+        """What to ask of the other workers in the header."""
+
+    def on_commit(self, update: Update) -> None:
+        """The update has committed; `step` is about to return."""
+
+    def on_broken(self, update: Update) -> Header | None:
+        """The world broke: enter the next one. Gives the update's header if the others have committed it there."""
 
 
 class Update:
@@ -83,9 +64,7 @@ class Update:
         plan: Samples and settings.
         requests: This worker's passes.
         machinery: What it works with.
-        on_commit: Called when the update has committed, before `step` returns.
-        on_broken: Called when the world broke, before `step` returns: enters the next one. Gives the update's header
-            if the others have committed it there.
+        owner: Is asked for wishes and told how it went.
     """
 
     def __init__(
@@ -93,8 +72,7 @@ class Update:
         plan: UpdatePlan,
         requests: list[PassRequest],
         machinery: Machinery,
-        on_commit: Callable[[Update], None],
-        on_broken: Callable[[Update], Header | None],
+        owner: UpdateOwner,
     ) -> None:
         self.plan = plan
         self.outcome = Outcome.OPEN
@@ -103,8 +81,7 @@ class Update:
         self.header: Header | None = None
         self._requests = requests
         self._machinery = machinery
-        self._on_commit = on_commit
-        self._on_broken = on_broken
+        self._owner = owner
         self._divisor = machinery.scaler.divisor(self.global_batch_size)
         self._num_done = 0
         self._awaits_backward = False
@@ -162,7 +139,8 @@ class Update:
                 batch = self._fetch(request)
                 if self.is_settled:
                     return
-                if machinery.mean_check_due():
+                if machinery.mean_unchecked:
+                    machinery.mean_unchecked = False
                     yield from self._check_mean(batch, request)
                     if self.is_settled:
                         return
@@ -321,7 +299,7 @@ class Update:
             buckets.flush(engine, self._norms_on_launch())
             packed = machinery.tally.pack(
                 failed=self.failure is not None,
-                wishes=machinery.wishes(),
+                wishes=self._owner.wishes(),
                 seen=buckets.seen,
                 statistics=machinery.statistics.sums(),
                 divisor=self._divisor,
@@ -354,7 +332,7 @@ class Update:
             self.outcome = Outcome.SKIPPED
         machinery.scaler.record(overflow=overflow)
         reach("commit.done")
-        self._on_commit(self)
+        self._owner.on_commit(self)
         machinery.is_whole = True
 
     def _apply(self, header: Header, statistics: Tensor) -> None:
@@ -371,7 +349,7 @@ class Update:
             machinery.estimator.add(header.noise_sums(self.plan.num_samples * header.weight / samples), samples)
 
     def _after_break(self) -> bool:
-        self.header = self._on_broken(self)
+        self.header = self._owner.on_broken(self)
         self.outcome = Outcome.REPEATED if self.header is None else Outcome.RECEIVED
         return self.header is not None
 

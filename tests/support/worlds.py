@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import torch
@@ -23,8 +24,21 @@ _context = multiprocessing.get_context("forkserver")
 # Names that resolve without this process's sys.path, which the server does not get; it skips silently what it cannot
 # import.
 _context.set_forkserver_preload(
-    ["pytest", "torch._dynamo", "torch.distributed", "torch.utils.data", "elastic_batch.trainer"]
+    [
+        "pytest",
+        "torch._dynamo",
+        "torch.distributed",
+        "torch.utils.data",
+        "elastic_batch.trainer",
+        "elastic_batch.worker",
+        "sklearn.datasets",
+    ]
 )
+
+
+def warm_context() -> ForkServerContext:
+    """Starts processes by forking one that has imported everything."""
+    return _context
 
 
 class WorldFailed(AssertionError):

@@ -1,0 +1,266 @@
+"""The loop over updates: opens each, settles how it ended, goes from world to world, and ends together."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+
+from elastic_batch.engines import Departure, Engine, Membership, Standing, Wishes
+from elastic_batch.errors import LeftWorld, MisusedTrainer, WorkerFailed, WorkersDiverged, WorldBroken
+from elastic_batch.failpoints import reach
+from elastic_batch.schedule import Schedule
+from elastic_batch.trainer.agreement import require_same_parameters
+from elastic_batch.trainer.failures import Severity, exchange, texts
+from elastic_batch.trainer.header import Header
+from elastic_batch.trainer.machinery import Machinery
+from elastic_batch.trainer.options import TrainerOptions
+from elastic_batch.trainer.phase_log import PhaseLog
+from elastic_batch.trainer.plan import UpdatePlan, forecast, plan_update
+from elastic_batch.trainer.progress import Progress
+from elastic_batch.trainer.recorder import Recorder
+from elastic_batch.trainer.saving import SavedState
+from elastic_batch.trainer.signals import stopping_on_signals
+from elastic_batch.trainer.update import Outcome, Update
+from elastic_batch.trainer.worlds import Worlds
+
+logger = logging.getLogger(__name__)
+
+
+class UpdateLoop:
+    """Runs a worker's part in update after update.
+
+    Args:
+        membership: Is asked for wishes, and told of progress.
+        worlds: The way into the next world.
+        machinery: What updates work with; its engine is replaced with each world.
+        schedule: The run's.
+        options: The trainer's.
+        progress: How far the run is; kept up to date here.
+        standing: What this worker is at; kept up to date here.
+        state: What checkpoints hold.
+        recorder: The lead worker's records.
+
+    Attributes:
+        machinery: What updates work with.
+    """
+
+    def __init__(
+        self,
+        *,
+        membership: Membership,
+        worlds: Worlds,
+        machinery: Machinery,
+        schedule: Schedule,
+        options: TrainerOptions,
+        progress: Progress,
+        standing: Standing,
+        state: SavedState,
+        recorder: Recorder,
+    ) -> None:
+        self._membership = membership
+        self._worlds = worlds
+        self.machinery = machinery
+        self._schedule = schedule
+        self._options = options
+        self._progress = progress
+        self._standing = standing
+        self._state = state
+        self._recorder = recorder
+        self._wished = Wishes()
+        self._everybody_left = False  # the run itself was not stopped: it waits for other workers
+        self._has_looped = False
+        self._plan: UpdatePlan | None = None
+        self._failed_update: int | None = None
+        self._phase_log = PhaseLog(schedule.rule, options.spares)
+
+    @property
+    def engine(self) -> Engine:
+        """The world that this worker is in."""
+        return self.machinery.engine
+
+    @property
+    def finished(self) -> bool:
+        """Whether the schedule's end is reached."""
+        return self._progress.position >= self._schedule.end
+
+    def run(self) -> Iterator[Update]:
+        """Yield update after update, and settle each after the user's turn, until the run ends or is stopped."""
+        progress = self._progress
+        self.restart_source()
+        if self._has_looped:
+            progress.stop_reason = progress.stop_wanted = None  # that loop's
+        self._has_looped = True
+        concluded = False
+        with stopping_on_signals(self.on_signal):
+            try:
+                while not self.finished and progress.stop_reason is None:
+                    update = self._open()
+                    yield update
+                    self._settle(update)
+                self._conclude()
+                concluded = True
+            except GeneratorExit:
+                progress.stop_reason = "the loop over the updates was left"
+                raise
+            finally:
+                if not concluded:
+                    self._record_end()
+
+    def _open(self) -> Update:
+        self.machinery.optimizer.check()
+        plan = self._plan_next()
+        self._phase_log.show(plan, self.engine.size)
+        self._recorder.begin_update()
+        self._standing.stage = "compute"
+        requests = plan.passes(rank=self.engine.rank, size=self.engine.size, width=self._progress.width)
+        return Update(plan, requests, self.machinery, self)
+
+    def _plan_next(self) -> UpdatePlan:
+        """The update that comes next; it is noted what it asks of the world."""
+        known = self._plan
+        if known is None or known.start != self._progress.position:
+            values = None if known is None or known.start > self._progress.position else known.values
+            self._plan = known = plan_update(
+                self._schedule, self._progress.num_updates, self._progress.position, values
+            )
+            self._standing.num_micro_batches = known.num_micro_batches
+        return known
+
+    def wishes(self) -> Wishes:
+        """What to ask of the others in the header of the update under way."""
+        self._wished = self._membership.wishes()
+        if self._progress.stop_wanted is not None:
+            self._wished = replace(self._wished, stop=self._progress.stop_wanted)
+        return self._wished
+
+    def on_signal(self, name: str) -> None:
+        """Leave, if this worker alone is meant and the others can go on; else stop."""
+        if name != signal.Signals.SIGTERM.name or not self._membership.leave():
+            self._progress.stop_wanted = name
+
+    def on_commit(self, update: Update) -> None:
+        """Note that an update has committed."""
+        progress, engine = self._progress, self.machinery.engine
+        progress.position, progress.num_updates = update.plan.stop, update.plan.index + 1
+        progress.origin, progress.header = engine.generation, update.committed_header
+        for part in self._state.attached:
+            if hasattr(part, "after_update"):
+                part.after_update(update.global_batch_size)
+        self._recorder.update(update, engine, self.machinery.estimator)
+        standing = self._standing
+        standing.update, standing.position, standing.stage = progress.num_updates, progress.position, "user"
+        if not self.finished:
+            self._plan_next()
+        if engine.rank == 0:
+            self._membership.progress(self._recorder.last_record)
+
+    def on_broken(self, update: Update) -> Header | None:
+        """The world broke in an update: enter the next one. Gives the header if the others have committed it."""
+        self.enter_next_world(broken=True)
+        if self._progress.num_updates > update.index:
+            return self._progress.header
+        self._recorder.repeated()
+        return None
+
+    def _settle(self, update: Update) -> None:
+        """After the user's turn: act on how the update ended."""
+        if update.outcome in (Outcome.OPEN, Outcome.BROKEN):
+            raise MisusedTrainer("update.step() was not called; call it once at the end of each update")
+        try:
+            if update.outcome is Outcome.VOID:
+                self._repeat(update)
+            elif update.outcome in (Outcome.COMMITTED, Outcome.SKIPPED):
+                self._after_commit(update)
+        except WorldBroken:
+            self.enter_next_world(broken=True)
+
+    def _repeat(self, update: Update) -> None:
+        """Hear what failed on whom; repeat the update, or stop everywhere with the error."""
+        failures = exchange(self.engine, update.failure, self.machinery.device)
+        worst = max(failure.severity for failure in failures.values())
+        if worst is Severity.FINAL or (worst is Severity.ONCE and self._failed_update == update.index):
+            if isinstance(update.error, MisusedTrainer):
+                raise update.error
+            raise WorkerFailed(f"update {update.index}", texts(failures)) from update.error
+        for rank, text in texts(failures).items():
+            logger.warning("update %d is repeated: worker %d: %s", update.index, rank, text)
+        if worst is Severity.ONCE:
+            self._failed_update = update.index
+        if update.failure is not None and update.failure.severity is Severity.NARROWER:
+            self._progress.width = 1
+        self._recorder.repeated()
+        self.restart_source()
+
+    def _after_commit(self, update: Update) -> None:
+        every = self._options.check_every
+        if every and self._progress.num_updates % every == 0:
+            try:
+                require_same_parameters(self.engine, self.machinery.optimizer.parameters, update.index)
+            except WorkersDiverged:
+                self.machinery.is_whole = False
+                raise
+        header = update.committed_header
+        if header.stop:
+            self._progress.stop_reason = self._wished.stop or "another worker asked for it"
+        elif header.everybody_leaves:
+            self._everybody_left = True
+            self._progress.stop_reason = "every worker was told to leave"
+        self._recorder.maybe_checkpoint(
+            self._state.collect, update.plan.start, self._progress.position, self._progress.num_updates
+        )
+        if self._progress.stop_reason is not None or self.finished:
+            return
+        if header.num_leaving and self._wished.leave:
+            self._depart()
+        if header.num_leaving or header.regroup:
+            self.enter_next_world(broken=False)
+
+    def _depart(self) -> None:
+        """Leave the world at this boundary; the others go on."""
+        reach("leave.start")
+        self._recorder.close()
+        self.engine.close()
+        self._standing.ended = "left"
+        self._membership.close()
+        raise LeftWorld("this worker was told to leave", job_is_complete=False)
+
+    def _conclude(self) -> None:
+        """End together: nobody goes before the last state is saved, and known to be."""
+        while True:
+            self._standing.stage = "end"
+            try:
+                self._record_end()
+                exchange(self.engine, None, self.machinery.device)
+            except WorldBroken:
+                self.enter_next_world(broken=True)
+            else:
+                break
+        stopped: Departure = "left" if self._everybody_left else "stopped"
+        self._standing.stage, self._standing.ended = "user", "finished" if self.finished else stopped
+
+    def _record_end(self) -> None:
+        collect = self._state.collect if self.machinery.is_whole else None
+        self._recorder.finish(collect, self._progress.position, self._progress.num_updates, self._progress.stop_reason)
+
+    def enter_next_world(self, *, broken: bool, evaluating: bool = False) -> bool:
+        """Enter the next world. Returns whether all its workers are evaluating."""
+        self.machinery.engine, together = self._worlds.next(self.engine, broken=broken, evaluating=evaluating)
+        self.restart_source()
+        return together
+
+    def restart_source(self) -> None:
+        """Let batches come from this worker's place in the world, at the position where it stands."""
+        engine = self.machinery.engine
+        self.machinery.source.start(
+            forecast(
+                self._schedule, self._progress.position, rank=engine.rank, size=engine.size, width=self._progress.width
+            )
+        )
+
+    def close(self) -> None:
+        """Give back what training holds, and the world."""
+        self.machinery.source.close()
+        self.machinery.buckets.close()
+        self.engine.close()
