@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from elastic_batch.ghost.layout import Gradients, Normalized, native_backward, native_forward
+from elastic_batch.ghost.memory import empty_like
 
 
 def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, num_ghosts: int, eps: float) -> Normalized:
     """Normalise each ghost of a dense batch [N, C, ...] with its own mean and variance."""
-    output = torch.empty_like(x)
+    output = empty_like(x)
     weight, bias = _wide(weight, x), _wide(bias, x)
     # With momentum 1 the kernel leaves a ghost's mean and unbiased variance in what it takes for running statistics.
     moments = x.new_zeros((num_ghosts, 2, x.size(1)), dtype=_wide_dtype(x))
@@ -28,7 +29,7 @@ def gradients(
     """Gradients of `normalize` for `grad` [N, C, ...], which has the memory format of x."""
     num_ghosts = normalized.invstd.size(0)
     weight = _wide(weight, x)
-    output = torch.empty_like(x) if needs_input else None
+    output = empty_like(x) if needs_input else None
     mask = [needs_input, True, True]
     sums = []
     for i, (ghost_grad, ghost, mean, invstd) in enumerate(

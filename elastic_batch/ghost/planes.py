@@ -14,6 +14,7 @@ from elastic_batch.ghost.layout import (
     num_pieces,
     sums_of_products,
 )
+from elastic_batch.ghost.memory import empty_like
 
 
 def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, num_ghosts: int, eps: float) -> Normalized:
@@ -22,7 +23,7 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, num_ghosts:
     Each ghost is shifted by the mean of its first row, which is never further from the ghost's mean than
     sqrt(rows - 1) standard deviations, so the sums of squares of what is left lose no accuracy.
     """
-    output, channels = torch.empty_like(x), x.size(1)
+    output, channels = empty_like(x), x.size(1)
     count = x.numel() // (num_ghosts * channels)
     planes = x.view(num_ghosts, -1, channels, count * num_ghosts // x.size(0))  # [k, rows, C, P]
     shifted, results = output.view(planes.shape), output.chunk(num_ghosts)
@@ -46,7 +47,7 @@ def gradients(grad: Tensor, x: Tensor, weight: Tensor | None, normalized: Normal
     """As `native.gradients`: sums, then input = slope * (x - mean) + offset + scale * grad."""
     invstd = normalized.invstd
     num_ghosts, channels = invstd.shape
-    output = torch.empty_like(x)
+    output = empty_like(x)
     scale = invstd if weight is None else invstd * weight
     share = scale * (-num_ghosts * channels / x.numel())
     ones = x.new_ones(channels)

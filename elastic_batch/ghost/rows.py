@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from elastic_batch.ghost.layout import Gradients, Normalized, groups, num_bytes, num_pieces, sums_of_products
+from elastic_batch.ghost.memory import empty_like
 
 
 def gradients(grad: Tensor, x: Tensor, weight: Tensor | None, normalized: Normalized) -> Gradients:
@@ -16,7 +17,7 @@ def gradients(grad: Tensor, x: Tensor, weight: Tensor | None, normalized: Normal
     """
     invstd, mean = normalized.invstd, normalized.moments[:, 0]
     num_ghosts, channels = invstd.shape
-    output = torch.empty_like(x)
+    output = empty_like(x)
     grads, ghosts, results = (_matrices(tensor, num_ghosts) for tensor in (grad, x, output))
     share = -1 / ghosts.size(1)
     scale = invstd if weight is None else invstd * weight
