@@ -65,6 +65,8 @@ class Entered(Message):
 
     kind: Literal["entered"] = "entered"
     generation: int
+    sync_seconds: float = Field(default=0, ge=0)
+    """How long agreeing on the state took, once the world was formed."""
 
 
 class Beat(Message):

@@ -26,7 +26,12 @@ EXIT_INTERRUPTED = 130
 COMMANDS = {
     "recipes": "List the job files that come with the package.",
     "plan": "Show what a job would do: phases, updates, micro-batches per worker, hours.",
-    "train": "Train a job, alone or under torchrun.",
+    "train": "Train a job, alone, under torchrun, or on workers that come and go.",
+    "run": "Run a training script on workers that come and go.",
+    "worker": "Join a running job with this machine's workers.",
+    "coordinator": "Serve an elastic run: decide who trains, keep the journal.",
+    "status": "Show an elastic run: its world, its workers, how far it is.",
+    "drain": "Ask a worker of an elastic run to leave.",
     "report": "Draw runs: learning rate, batch, loss, accuracy, noise scale.",
     "checkpoint": "List, verify or export checkpoints.",
     "schema": "Print the JSON Schema of a job file.",

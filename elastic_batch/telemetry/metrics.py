@@ -1,6 +1,6 @@
-"""Prometheus metrics of a run in a fixed world, fed with the records that the run directory gets too.
+"""Prometheus metrics of a run, fed with the records that the run directory gets too. It does not import torch.
 
-Every name is declared here; docs/metrics.md explains them.
+The names are declared here, those of changing worlds in coordinator/metrics.py; docs/metrics.md explains them.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import math
 import platform
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
-import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from elastic_batch.version import VERSION
@@ -78,7 +78,7 @@ class Metrics:
         for result in ("saved", "failed", "superseded"):
             self._checkpoints.labels(run, result)
         Info(f"{_PREFIX}_build", "Versions", ("run",), registry=registry).labels(run).info(
-            {"version": VERSION, "torch": torch.__version__, "python": platform.python_version()}
+            {"version": VERSION, "torch": _torch_version(), "python": platform.python_version()}
         )
 
     def resume(self, *, update: int, position: int, repeated: int = 0, skipped: int = 0) -> None:
@@ -91,21 +91,39 @@ class Metrics:
             skipped: Updates skipped so far.
         """
         self._position = position
-        self._child(self._updates).inc(update)
-        self._child(self._samples).inc(position)
-        self._child(self._repeated).inc(repeated)
-        self._child(self._skipped).inc(skipped)
+        self.count(updates=update, samples=position, repeated=repeated, skipped=skipped)
         self._set("position", position)
 
     def update(self, record: Mapping[str, Any]) -> None:
         """Take in the record of a committed update."""
+        self._count(record)
+        self.show(record)
+
+    def count(self, *, updates: float = 0, samples: float = 0, repeated: float = 0, skipped: float = 0) -> None:
+        """Raise the counters of work by so much."""
+        self._child(self._updates).inc(updates)
+        self._child(self._samples).inc(samples)
+        self._child(self._repeated).inc(repeated)
+        self._child(self._skipped).inc(skipped)
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        """Take in the record of a committed update, but for the counters."""
+        self._position = record["position"]
         for field in self._gauges.keys() & record.keys():
             self._set(field, record[field])
-        self._count(record)
         self._share(record)
         self._child(self._update_seconds).observe(record["seconds"])
         for step, seconds in record.get("step_seconds", {}).items():
             self._child(self._step_seconds, step).observe(seconds)
+
+    def workers(self, by_state: Mapping[str, int]) -> None:
+        """Take in how many workers there are in each state."""
+        for state, number in by_state.items():
+            self._child(self._workers, state).set(number)
+
+    def generation(self, generation: int) -> None:
+        """Take in the newest world's generation."""
+        self._set("generation", generation)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Take in the record of an evaluation."""
@@ -157,15 +175,11 @@ class Metrics:
 
     def _count(self, record: Mapping[str, Any]) -> None:
         samples = record["position"] - self._position
-        if samples <= 0:
+        is_repeated = samples <= 0
+        if is_repeated:
             # Back to an earlier position within this process: these samples were counted when they were new.
             samples = record["global_batch_size"]
-            self._child(self._repeated).inc()
-        self._position = record["position"]
-        self._child(self._updates).inc()
-        self._child(self._samples).inc(samples)
-        if record.get("skipped"):
-            self._child(self._skipped).inc()
+        self.count(updates=1, samples=samples, repeated=is_repeated, skipped=bool(record.get("skipped")))
 
     def _share(self, record: Mapping[str, Any]) -> None:
         num_micro_batches, world_size = record["num_micro_batches"], record["world_size"]
@@ -197,3 +211,11 @@ class Metrics:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
+
+
+def _torch_version() -> str:
+    """Torch's version without loading it: a coordinator may not even have it."""
+    try:
+        return version("torch")
+    except PackageNotFoundError:
+        return "none"

@@ -1,0 +1,88 @@
+"""Which workers may take part: same version, same run, same job."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from elastic_batch.coordinator.journal import JournalUnusable
+from elastic_batch.coordinator.run import Run
+from elastic_batch.errors import JobDiffers
+from elastic_batch.protocol import VERSION as PROTOCOL_VERSION
+from elastic_batch.protocol import Hello
+from elastic_batch.version import VERSION
+
+logger = logging.getLogger(__name__)
+
+MAX_WORKERS = 20_000
+"""Connected at once."""
+_LENGTH = "end"
+"""The field of a job that may change between its worlds."""
+_ABSENT = "(not set)"
+
+
+def speaks_another_version(said: Mapping[str, Any]) -> str | None:
+    """Why a `Hello`, perhaps of a version that cannot be parsed, is refused for its versions; None: it is not."""
+    if said.get("kind") != "hello":
+        return None
+    protocol, package = said.get("version"), said.get("package")
+    if protocol == PROTOCOL_VERSION and package == VERSION:
+        return None
+    return (
+        f"the worker runs elastic-batch {package} (protocol {protocol}), the coordinator {VERSION} "
+        f"(protocol {PROTOCOL_VERSION}). Install the same version on both"
+    )
+
+
+def admit(run: Run, hello: Hello) -> str | None:
+    """Why a worker is refused; None: it is welcome. A run without a name takes the name that the worker knows."""
+    if (reason := speaks_another_version(hello.model_dump(include={"kind", "version", "package"}))) is not None:
+        return reason
+    if hello.run_id is not None and hello.run_id != run.run_id:
+        if not run.is_new:
+            return (
+                f"the worker belongs to run {hello.run_id}, the coordinator in {run.directory} serves run "
+                f"{run.run_id}. Start the worker anew, or give it the address of its own coordinator"
+            )
+        run.rename(hello.run_id)
+    if len(run.connections) >= MAX_WORKERS:
+        return f"{MAX_WORKERS} workers are connected; no more are let in"
+    return None
+
+
+def same_job(run: Run, job: dict[str, Any]) -> str | None:
+    """Why a worker's job is not the run's, with every difference; None: it is, or the run had none yet.
+
+    The length may change while no worker trains: a finished job is trained further.
+    """
+    known = run.job
+    if known is not None:
+        old, new = _flat(known), _flat(job)
+        if run.state.world is None and not any(worker.ready for worker in run.state.workers.values()):
+            old.pop(_LENGTH, None)
+            old.update({_LENGTH: new[_LENGTH]} if _LENGTH in new else {})
+        differences = {
+            field: (old.get(field, _ABSENT), new.get(field, _ABSENT))
+            for field in old.keys() | new.keys()
+            if old.get(field, _ABSENT) != new.get(field, _ABSENT)
+        }
+        if differences:
+            return str(JobDiffers(f"the run in {run.directory}", differences))
+    if known != job:
+        run.job = job
+        try:
+            run.journal.keep("job", job)
+        except JournalUnusable as error:
+            logger.error("%s", error)
+    return None
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            found.update(_flat(item, f"{prefix}{key}."))
+        else:
+            found[f"{prefix}{key}"] = item
+    return found

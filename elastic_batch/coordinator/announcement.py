@@ -1,0 +1,90 @@
+"""`coordinator.json`: where the coordinator is and what opens its door, for those who may read the run directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from elastic_batch.durable import PendingFile, temporary_beside
+from elastic_batch.errors import InvalidSetting
+
+FILE = "coordinator.json"
+_SHORTEST_TOKEN = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Announcement:
+    """What `coordinator.json` says.
+
+    Args:
+        url: `http://host:port` or `https://host:port`.
+        token: What every request carries.
+        run_id: The run's name.
+        pid: The coordinator's process.
+        version: The package's.
+        tls_cert: PEM file that a client trusts for `https`; None: the machine's usual authorities.
+    """
+
+    url: str
+    token: str
+    run_id: str
+    pid: int
+    version: str
+    tls_cert: str | None = None
+
+    @property
+    def port(self) -> int:
+        """The port in `url`."""
+        return int(self.url.rpartition(":")[2])
+
+
+def read_announcement(run_dir: Path) -> Announcement | None:
+    """What the coordinator of a run directory says, or said before it ended; None: there was none.
+
+    Raises:
+        InvalidSetting: The file cannot be read or is not a coordinator's.
+    """
+    path = run_dir / FILE
+    try:
+        found = json.loads(path.read_bytes())
+        return Announcement(**{name: found.get(name) for name in Announcement.__dataclass_fields__})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InvalidSetting(
+            "run_dir", str(run_dir), f"must hold a readable {FILE} ({error})", "Remove that file to have it made anew"
+        ) from error
+
+
+def write_announcement(run_dir: Path, announcement: Announcement) -> None:
+    """Replace the file, all or nothing; nobody but its owner can read it at any time."""
+    with PendingFile(temporary_beside(run_dir / FILE)) as pending:
+        os.chmod(pending.path, 0o600)
+        pending.write((json.dumps(asdict(announcement), indent=2) + "\n").encode())
+        pending.sync()
+        pending.publish(run_dir / FILE)
+
+
+def choose_token(token_file: Path | None, last: Announcement | None) -> str:
+    """The token from its file; else the last coordinator's, else a new one.
+
+    Raises:
+        InvalidSetting: The file cannot be read, or its token is too short or cannot stand in a header.
+    """
+    if token_file is None:
+        return last.token if last is not None else secrets.token_urlsafe(32)
+    try:
+        token = token_file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidSetting("token_file", str(token_file), f"must be readable ({error})") from error
+    if len(token) < _SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
+        raise InvalidSetting(
+            "token_file",
+            str(token_file),
+            f"must hold one token of at least {_SHORTEST_TOKEN} ASCII characters without spaces",
+            "Make one with: openssl rand -hex 32",
+        )
+    return token

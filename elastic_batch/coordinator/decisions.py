@@ -1,0 +1,148 @@
+"""Carries decisions out: tells the workers, writes the journal first where that matters, enters what was done."""
+
+from __future__ import annotations
+
+import logging
+
+from elastic_batch.coordinator import events
+from elastic_batch.coordinator.decide import AskRegroup, Decision, EndWorld, Evict, FormWorld, Wait
+from elastic_batch.coordinator.journal import JournalUnusable
+from elastic_batch.coordinator.metrics import Cause
+from elastic_batch.coordinator.rendezvous import Store
+from elastic_batch.coordinator.rescale import Rescale
+from elastic_batch.coordinator.run import COMPLETE, Run
+from elastic_batch.coordinator.state import Phase
+from elastic_batch.protocol import Abort, End, Form, Regroup, Stop
+
+logger = logging.getLogger(__name__)
+
+EVICTED = 4000
+"""WebSocket closing code: the worker was given up; it may come back as a new one."""
+
+
+class Decisions:
+    """What `decide` says, done.
+
+    Args:
+        run: What they act on.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.rescale = Rescale()
+
+    def carry_out(self, now: float, decision: Decision) -> bool:
+        """Do it. Returns False where the disk did not take it: it is as if it had not been made, and comes again."""
+        match decision:
+            case Evict():
+                self._evict(now, decision)
+            case EndWorld():
+                self._end_world(now, decision)
+            case AskRegroup():
+                self._ask_regroup(now, decision)
+            case FormWorld():
+                return self._form_world(now, decision)
+            case Wait():
+                self._note(decision.reason)
+        return True
+
+    def entered(self, now: float) -> None:
+        """A worker is in the world; with the last one the change is over."""
+        world = self._run.state.world
+        if world is not None and world.phase is Phase.RUNNING and self.rescale.is_forming:
+            cause, seconds = self.rescale.trains(now)
+            self._run.metrics.rescaled(cause, seconds)
+            logger.info("generation %d trains with %d workers", world.generation, len(world.members))
+
+    def end(self, reason: str) -> None:
+        """The run is over: workers outside the world end; those inside know it themselves and are left alone."""
+        run = self._run
+        outside = [name for name in run.connections.names() if not events.is_inside(run.state, name)]
+        run.connections.tell(outside, End(reason=reason))
+        self._write_decision("end", reason)
+
+    def _evict(self, now: float, decision: Evict) -> None:
+        run, state = self._run, self._run.state
+        logger.warning("%s", decision.reason)
+        if events.is_inside(state, decision.worker):
+            self.rescale.noticed(state.workers[decision.worker].disconnected_at or now)
+        events.lost(state, now, decision.worker, run.membership)
+        run.connections.cut(decision.worker, EVICTED, decision.reason)
+        run.store.forget(decision.worker)
+        self._write_decision("evict", decision.reason)
+        world = state.world
+        if state.ended == COMPLETE and world is not None and decision.worker == world.members[0]:
+            # The first worker saves the last state: without its word the end of the job may be nowhere on a disk.
+            logger.warning("the lead worker was lost before it had saved the end of the job: the rest is done again")
+            state.ended = None
+
+    def _end_world(self, now: float, decision: EndWorld) -> None:
+        run, world = self._run, self._run.state.world
+        assert world is not None
+        logger.warning("generation %d is over: %s", world.generation, decision.reason)
+        if world.phase is Phase.RUNNING:
+            run.metrics.world_broke()
+        run.connections.tell(world.members, Abort(generation=world.generation, reason=decision.reason))
+        run.store.withdraw(f"generation {world.generation} is over: {decision.reason}")
+        events.world_ended(run.state, now)
+        self.rescale.decided(now, "loss")
+        self._write_decision("end world", decision.reason)
+
+    def _ask_regroup(self, now: float, decision: AskRegroup) -> None:
+        run, world = self._run, self._run.state.world
+        assert world is not None
+        logger.info("generation %d is asked to regroup: %s", world.generation, decision.reason)
+        run.connections.tell(world.members, Regroup(generation=world.generation, reason=decision.reason))
+        events.regroup_asked(run.state, decision.reason)
+        self.rescale.decided(now, None)
+        self._write_decision("regroup", decision.reason)
+
+    def _form_world(self, now: float, decision: FormWorld) -> bool:
+        run, state = self._run, self._run.state
+        generation = state.generation + 1
+        try:
+            run.journal.begin_world(generation, [run.member(name) for name in decision.members], decision.reason)
+        except JournalUnusable as error:
+            # Were the number not on the disk, a restarted coordinator could give it to another world.
+            self._note(f"generation {generation} waits: {error}")
+            return False
+        self.rescale.forms(now, self._cause(decision))
+        run.store.withdraw(f"generation {run.store.generation} is over")
+        run.store = Store(generation)
+        events.world_announced(state, now, decision.members)
+        addresses = tuple(self._address(name) for name in decision.members)
+        seconds = run.membership.form
+        form = Form(generation=generation, members=decision.members, addresses=addresses, seconds=seconds)
+        run.connections.tell(decision.members, form)
+        if run.stop_reason is not None:
+            run.connections.tell(decision.members, Stop(reason=run.stop_reason))
+        logger.info("generation %d forms: %s", generation, decision.reason)
+        self._write_decision("form world", decision.reason)
+        return True
+
+    def _cause(self, decision: FormWorld) -> Cause:
+        world = self._run.state.world
+        if world is None:
+            return "start"
+        before, after = set(world.members), set(decision.members)
+        if after - before:
+            return "join"
+        if before - after:
+            return "leave" if world.left else "shrink"
+        return "retry"
+
+    def _address(self, name: str) -> str:
+        connection = self._run.connections.get(name)
+        return connection.hello.address if connection is not None and connection.hello is not None else ""
+
+    def _note(self, reason: str) -> None:
+        if reason != self._run.reason:
+            self._run.reason = reason
+            logger.info("%s", reason)
+
+    def _write_decision(self, kind: str, reason: str) -> None:
+        self._run.reason = reason
+        try:
+            self._run.journal.decided(self._run.state.generation, kind, reason)
+        except JournalUnusable as error:
+            logger.error("%s", error)
