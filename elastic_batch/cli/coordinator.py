@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from elastic_batch.cli.main import EXIT_RESUMABLE
 from elastic_batch.coordinator.config import CoordinatorConfig
 from elastic_batch.coordinator.state import MembershipConfig
 
+_EXIT_CODES = {"complete": 0, "stopped": EXIT_RESUMABLE, "ended by a signal": 128 + signal.SIGTERM}
 _MANY = 1 << 30
 _DEFAULTS = MembershipConfig()
 _FILE = click.Path(path_type=Path)
@@ -53,7 +55,8 @@ def command(
 ) -> int:
     """Serve an elastic run. JOB, a recipe or file, is checked before anything starts; workers bring theirs.
 
-    Exit codes: 0 the job is complete; 75 stopped, resumable; 2 impossible settings; 1 anything else.
+    Exit codes: 0 the job is complete; 75 the run was stopped and can be resumed; 143 this service alone was told to end
+    (SIGTERM), its workers train on; 2 impossible settings; 1 anything else.
     """
     times = {name.removesuffix("_seconds"): given.pop(name) for name in list(given) if name.endswith("_seconds")}
     membership = MembershipConfig(
@@ -68,4 +71,4 @@ def command(
     from elastic_batch.coordinator.server import serve
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s coordinator: %(message)s")
-    return 0 if serve(config) else EXIT_RESUMABLE
+    return _EXIT_CODES[serve(config)]

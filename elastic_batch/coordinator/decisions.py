@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 
-from elastic_batch.coordinator import events
+from elastic_batch.coordinator import events, journal
 from elastic_batch.coordinator.decide import AskRegroup, Decision, EndWorld, Evict, FormWorld, Wait
 from elastic_batch.coordinator.journal import JournalUnusable
 from elastic_batch.coordinator.metrics import Cause
@@ -30,6 +31,7 @@ class Decisions:
     def __init__(self, run: Run) -> None:
         self._run = run
         self.rescale = Rescale()
+        self._unwritten: list[journal.Decision] = []
 
     def carry_out(self, now: float, decision: Decision) -> bool:
         """Do it. Returns False where the disk did not take it: it is as if it had not been made, and comes again."""
@@ -59,7 +61,16 @@ class Decisions:
         run = self._run
         outside = [name for name in run.connections.names() if not events.is_inside(run.state, name)]
         run.connections.tell(outside, End(reason=reason))
-        self._write_decision("end", reason)
+        self._note_decision("end", reason)
+
+    def write_down(self) -> None:
+        """Bring what was decided to the disk. It comes after the workers were told: they do not wait for the disk."""
+        decisions, self._unwritten = self._unwritten, []
+        if decisions:
+            try:
+                self._run.journal.decided(decisions)
+            except JournalUnusable as error:
+                logger.error("%s", error)
 
     def _evict(self, now: float, decision: Evict) -> None:
         run, state = self._run, self._run.state
@@ -69,7 +80,7 @@ class Decisions:
         events.lost(state, now, decision.worker, run.membership)
         run.connections.cut(decision.worker, EVICTED, decision.reason)
         run.store.forget(decision.worker)
-        self._write_decision("evict", decision.reason)
+        self._note_decision("evict", decision.reason)
         world = state.world
         if state.ended == COMPLETE and world is not None and decision.worker == world.members[0]:
             # The first worker saves the last state: without its word the end of the job may be nowhere on a disk.
@@ -86,7 +97,7 @@ class Decisions:
         run.store.withdraw(f"generation {world.generation} is over: {decision.reason}")
         events.world_ended(run.state, now)
         self.rescale.decided(now, "loss")
-        self._write_decision("end world", decision.reason)
+        self._note_decision("end world", decision.reason)
 
     def _ask_regroup(self, now: float, decision: AskRegroup) -> None:
         run, world = self._run, self._run.state.world
@@ -95,7 +106,7 @@ class Decisions:
         run.connections.tell(world.members, Regroup(generation=world.generation, reason=decision.reason))
         events.regroup_asked(run.state, decision.reason)
         self.rescale.decided(now, None)
-        self._write_decision("regroup", decision.reason)
+        self._note_decision("regroup", decision.reason)
 
     def _form_world(self, now: float, decision: FormWorld) -> bool:
         run, state = self._run, self._run.state
@@ -117,7 +128,7 @@ class Decisions:
         if run.stop_reason is not None:
             run.connections.tell(decision.members, Stop(reason=run.stop_reason))
         logger.info("generation %d forms: %s", generation, decision.reason)
-        self._write_decision("form world", decision.reason)
+        self._note_decision("form world", decision.reason)
         return True
 
     def _cause(self, decision: FormWorld) -> Cause:
@@ -140,9 +151,6 @@ class Decisions:
             self._run.reason = reason
             logger.info("%s", reason)
 
-    def _write_decision(self, kind: str, reason: str) -> None:
+    def _note_decision(self, kind: str, reason: str) -> None:
         self._run.reason = reason
-        try:
-            self._run.journal.decided(self._run.state.generation, kind, reason)
-        except JournalUnusable as error:
-            logger.error("%s", error)
+        self._unwritten.append(journal.Decision(time.time(), self._run.state.generation, kind, reason))

@@ -7,7 +7,8 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 FILE = "journal.sqlite"
 VERSION = 1
-_KEPT_DECISIONS = 10_000
+_KEPT_DECISIONS, _KEPT_GENERATIONS = 10_000, 100
 _BUSY_SECONDS = 3.0
 """How long a coordinator that ends may still hold the file."""
 _SHARED_FILE_SYSTEMS = ("nfs", "cifs", "smb", "fuse", "9p", "lustre", "gpfs", "ceph", "beegfs", "gluster", "virtiofs")
@@ -53,6 +54,23 @@ class Member:
     slot: str
     host: str
     pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What was decided.
+
+    Args:
+        at: Seconds since 1970.
+        generation: The newest world's, then.
+        kind: `form world`, `end world`, `regroup`, `evict` or `end`.
+        reason: Why.
+    """
+
+    at: float
+    generation: int
+    kind: str
+    reason: str
 
 
 class Journal:
@@ -110,28 +128,29 @@ class Journal:
             value: Anything that JSON can hold.
             durable: Whether to wait until it is on the disk; if not, a crash of the machine may lose it.
         """
-        row = (name, json.dumps(value))
-        self._write("INSERT OR REPLACE INTO facts VALUES (?, ?)", row, durable=durable)
+        with self._writing(durable=durable) as database:
+            database.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
 
     def begin_world(self, generation: int, members: Sequence[Member], reason: str) -> None:
         """Enter a world, durably; to be called before anybody hears of it."""
         row = (generation, time.time(), json.dumps([asdict(member) for member in members]), reason, 0)
-        self._write("INSERT OR REPLACE INTO generations VALUES (?, ?, ?, ?, ?)", row)
-        self._write("DELETE FROM generations WHERE generation < ?", (generation - _KEPT_DECISIONS,), durable=False)
+        with self._writing(durable=True) as database:
+            database.execute("INSERT OR REPLACE INTO generations VALUES (?, ?, ?, ?, ?)", row)
+            database.execute("DELETE FROM generations WHERE generation < ?", (generation - _KEPT_GENERATIONS,))
 
     def world_is_over(self, generation: int) -> None:
         """Note that certainly nobody trains in a world any more."""
-        self._write("UPDATE generations SET is_over = 1 WHERE generation = ?", (generation,))
+        with self._writing(durable=True) as database:
+            database.execute("UPDATE generations SET is_over = 1 WHERE generation = ?", (generation,))
 
-    def decided(self, generation: int, kind: str, reason: str) -> None:
-        """Note what was decided, and why."""
-        row = (time.time(), generation, kind, reason)
-        self._write("INSERT INTO decisions (at, generation, kind, reason) VALUES (?, ?, ?, ?)", row)
-        self._write(
-            "DELETE FROM decisions WHERE number <= (SELECT MAX(number) FROM decisions) - ?",
-            (_KEPT_DECISIONS,),
-            durable=False,
-        )
+    def decided(self, decisions: Sequence[Decision]) -> None:
+        """Note what was decided, durably; all of it or, on a full disk, nothing."""
+        rows = [(each.at, each.generation, each.kind, each.reason) for each in decisions]
+        with self._writing(durable=True) as database:
+            database.executemany("INSERT INTO decisions (at, generation, kind, reason) VALUES (?, ?, ?, ?)", rows)
+            database.execute(
+                "DELETE FROM decisions WHERE number <= (SELECT MAX(number) FROM decisions) - ?", (_KEPT_DECISIONS,)
+            )
 
     def last_world(self) -> tuple[int, list[Member], bool]:
         """The newest generation (0: none yet), its members, and whether certainly nobody trains in it any more."""
@@ -142,21 +161,31 @@ class Journal:
             return 0, [], True
         return row[0], [Member(**member) for member in json.loads(row[1])], bool(row[2])
 
-    def decisions(self, limit: int = 100) -> list[tuple[float, int, str, str]]:
-        """The newest decisions, oldest first: (seconds since 1970, generation, kind, reason)."""
+    def decisions(self, limit: int = 100) -> list[Decision]:
+        """The newest decisions, oldest first."""
         rows = self._database.execute(
             "SELECT at, generation, kind, reason FROM decisions ORDER BY number DESC LIMIT ?", (limit,)
         )
-        return list(rows)[::-1]
+        return [Decision(*row) for row in rows][::-1]
 
     def close(self) -> None:
         """Give the file back."""
         self._database.close()
 
-    def _write(self, statement: str, row: tuple[object, ...], *, durable: bool = True) -> None:
+    @contextmanager
+    def _writing(self, *, durable: bool) -> Iterator[sqlite3.Connection]:
+        """One transaction."""
+        database = self._database
         try:
-            self._database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-            self._database.execute(statement, row)
+            database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            database.execute("BEGIN IMMEDIATE")
+            try:
+                yield database
+                database.execute("COMMIT")
+            except BaseException:
+                if database.in_transaction:
+                    database.execute("ROLLBACK")
+                raise
         except sqlite3.Error as error:
             raise JournalUnusable(f"cannot write {self.path}: {error}. Make room on the disk") from error
 

@@ -13,6 +13,7 @@ import socket
 import ssl
 from collections.abc import Generator
 from pathlib import Path
+from typing import Literal
 
 import uvicorn
 from prometheus_client import CollectorRegistry
@@ -36,11 +37,14 @@ _WILDCARDS = ("0.0.0.0", "::", "")
 _CLOSE_SECONDS = 1
 
 
-def serve(config: CoordinatorConfig) -> bool:
+Outcome = Literal["complete", "stopped", "ended by a signal"]
+
+
+def serve(config: CoordinatorConfig) -> Outcome:
     """Serve a run until it is over, or until SIGTERM or SIGINT; workers train on without a coordinator.
 
     Returns:
-        Whether the job is complete; if not, it can be resumed.
+        `complete`: the job is. `stopped`: all workers stopped, and the run can be resumed.
 
     Raises:
         InvalidSetting: The port is taken, the token file cannot be used, or the like.
@@ -60,7 +64,7 @@ def serve(config: CoordinatorConfig) -> bool:
             return asyncio.run(_serve(config, Service(run), listener, token))
 
 
-async def _serve(config: CoordinatorConfig, service: Service, listener: socket.socket, token: str) -> bool:
+async def _serve(config: CoordinatorConfig, service: Service, listener: socket.socket, token: str) -> Outcome:
     hosts = (*config.allowed_hosts, *([config.advertise] if config.advertise else []), config.host)
     server = _Server(_uvicorn(config, make_app(service, token=token, hosts=hosts)))
     loop = asyncio.get_running_loop()
@@ -75,7 +79,9 @@ async def _serve(config: CoordinatorConfig, service: Service, listener: socket.s
         driving.cancel()
     await asyncio.wait([driving])
     service.save()
-    return not driving.cancelled() and driving.result() == COMPLETE
+    if driving.cancelled():
+        return "ended by a signal"
+    return "complete" if driving.result() == COMPLETE else "stopped"
 
 
 class _Server(uvicorn.Server):

@@ -140,6 +140,7 @@ class Service:
         else:
             self._decide_soon()
         self._watch_the_end()
+        self._decisions.write_down()
         self._step_seconds = min(0.1, self.run.clock() - started)
 
     def _watch_the_end(self) -> None:

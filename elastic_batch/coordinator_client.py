@@ -1,0 +1,137 @@
+"""Asks a coordinator over HTTP, for the command line. It finds it by the run directory or by address and token."""
+
+from __future__ import annotations
+
+import json
+import ssl
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import quote
+
+import httpx
+
+from elastic_batch.coordinator.announcement import read_announcement
+from elastic_batch.errors import ElasticBatchError, InvalidSetting
+
+RUN_DIR, COORDINATOR, TOKEN_FILE = "ELASTIC_BATCH_RUN_DIR", "ELASTIC_BATCH_COORDINATOR", "ELASTIC_BATCH_TOKEN_FILE"
+_SECONDS = 5.0
+
+
+class CoordinatorSilent(ElasticBatchError):
+    """The coordinator cannot be reached, or does not let this client in."""
+
+
+class UnknownWorker(ElasticBatchError):
+    """There is no worker of that name; the message has the nearest one."""
+
+
+class CoordinatorClient:
+    """A coordinator, as seen from outside; a context manager.
+
+    Args:
+        url: `http://host:port` or `https://host:port`.
+        token: What opens its door.
+        tls_cert: PEM file to trust for `https`; None: the machine's usual authorities.
+    """
+
+    def __init__(self, url: str, token: str, tls_cert: str | None = None) -> None:
+        self.url = url
+        verify: ssl.SSLContext | bool = ssl.create_default_context(cafile=tls_cert) if tls_cert else True
+        # Proxies of the environment are for other places.
+        self._client = httpx.Client(
+            base_url=url,
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=_SECONDS,
+            trust_env=False,
+            verify=verify,
+        )
+
+    @classmethod
+    def find(
+        cls,
+        environ: Mapping[str, str],
+        *,
+        run_dir: Path | None = None,
+        url: str | None = None,
+        token_file: Path | None = None,
+    ) -> CoordinatorClient:
+        """The coordinator that flags or the environment name; flags win.
+
+        Raises:
+            InvalidSetting: Neither does, or a file cannot be used.
+        """
+        if run_dir is None and url is None:
+            run_dir = Path(environ[RUN_DIR]) if RUN_DIR in environ else None
+            url = environ.get(COORDINATOR)
+        token_file = token_file or (Path(environ[TOKEN_FILE]) if TOKEN_FILE in environ else None)
+        announced = read_announcement(run_dir) if run_dir is not None else None
+        if announced is not None:
+            return cls(url or announced.url, announced.token, announced.tls_cert)
+        if url is not None and token_file is not None:
+            return cls(url, _read_token(token_file))
+        if run_dir is not None:
+            raise InvalidSetting("run_dir", str(run_dir), "must hold the coordinator.json of an elastic run")
+        raise InvalidSetting(
+            "run_dir", None, "must be known", f"Give --run-dir, or --url and --token-file, or set {RUN_DIR}"
+        )
+
+    def status(self) -> dict[str, Any]:
+        """How things stand: what `GET /status` gives.
+
+        Raises:
+            CoordinatorSilent: It cannot be reached.
+        """
+        found: dict[str, Any] = self._ask("GET", "/status").json()
+        return found
+
+    def drain(self, worker: str) -> None:
+        """Ask a worker to leave at the next boundary.
+
+        Raises:
+            UnknownWorker: There is none of that name.
+            CoordinatorSilent: The coordinator cannot be reached.
+        """
+        answer = self._ask("POST", f"/workers/{quote(worker, safe='')}/drain", accepted=(200, 404))
+        if answer.status_code == 404:
+            raise UnknownWorker(str(answer.json().get("error", f"there is no worker {worker!r}")))
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ask(self, method: str, path: str, accepted: tuple[int, ...] = (200,)) -> httpx.Response:
+        try:
+            answer = self._client.request(method, path)
+        except httpx.HTTPError as error:
+            raise CoordinatorSilent(
+                f"the coordinator at {self.url} does not answer ({error}). Training goes on without it; start it "
+                "again with: elastic-batch coordinator --run-dir DIR"
+            ) from error
+        if answer.status_code not in accepted:
+            raise CoordinatorSilent(f"the coordinator at {self.url} refuses: {_reason(answer)}")
+        return answer
+
+
+def _reason(answer: httpx.Response) -> str:
+    try:
+        return str(answer.json()["error"])
+    except (ValueError, KeyError, TypeError):
+        return f"status {answer.status_code}"
+
+
+def _read_token(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+        return str(json.loads(text)["token"]) if text.startswith("{") else text
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidSetting("token_file", str(path), f"must be readable and hold the token ({error})") from error
