@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from elastic_batch.coordinator.events import inside
+from elastic_batch.coordinator.events import inside, is_inside
 from elastic_batch.coordinator.state import MembershipConfig, Phase, State, Worker, WorkerState, World
 
 
@@ -61,7 +61,7 @@ def decide(now: float, state: State, config: MembershipConfig) -> Decision:
     if state.ended is not None:
         return Wait(state.ended)
     world = state.world
-    if world is None or (world.phase is Phase.ENDING and not inside(state)):
+    if world is None or not inside(state):
         return _next_world(now, state, config)
     if world.phase is Phase.ENDING:
         return _gather(now, state, world, config)
@@ -80,13 +80,14 @@ def desired_workers(state: State, config: MembershipConfig) -> int:
 
 def worker_state(now: float, state: State, worker: Worker) -> WorkerState:
     """What to call a worker's condition."""
-    inner = inside(state)
     if not worker.connected:
         return "lost"
     if worker.leaving:
         return "draining"
-    if worker in inner:
-        return "active" if inner.index(worker) < max(1, state.num_micro_batches) else "spare"
+    if state.world is not None and is_inside(state, worker.name):
+        num_active, members = max(1, state.num_micro_batches), state.world.members
+        is_active = num_active >= len(members) or members.index(worker.name) < num_active
+        return "active" if is_active else "spare"
     if not worker.ready:
         return "joining"
     return "cooling down" if _is_cooling(now, state, worker) else "standby"
@@ -102,6 +103,8 @@ def _silent_or_gone(now: float, state: State, config: MembershipConfig) -> Evict
         if worker.connected:
             if now - worker.heard_at > config.eviction:
                 return Evict(worker.name, f"worker {worker.name} was silent for {config.eviction:g} s")
+            if 0 <= worker.generation < state.generation and not worker.ready:
+                return Evict(worker.name, f"worker {worker.name} is still in generation {worker.generation}")
             continue
         grace = (config.reconnect_grace if patient else config.settle) if worker.name in names else 0.0
         if now - worker.disconnected_at >= grace:
@@ -127,25 +130,26 @@ def _form(now: float, state: State, world: World, config: MembershipConfig) -> D
     if now - world.since <= config.form:
         return Wait(f"generation {world.generation} forms")
     late = next(name for name in world.members if name not in world.entered)
-    return Evict(late, f"worker {late} did not enter generation {world.generation} within {config.form:g} s")
+    # It may be another one that all wait for: only those that do not come out of it either are given up.
+    return EndWorld(f"worker {late} did not enter generation {world.generation} within {config.form:g} s")
 
 
 def _run(now: float, state: State, world: World, config: MembershipConfig) -> Decision:
     if world.boundary_since is not None:
-        if all(worker.ready for worker in inside(state)):
+        if all(map(_waits, inside(state))):
             return _next_world(now, state, config)
         if now - world.boundary_since > config.gather:
             return EndWorld("a worker did not come to the boundary that the others left at")
         return Wait(f"generation {world.generation} is left at a boundary")
     if (evict := _stalled(now, state, config)) is not None:
         return evict
-    if world.regroup is None and (reason := _why_regroup(now, state, config)) is not None:
+    if world.regroup is None and not world.recovered and (reason := _why_regroup(now, state, config)) is not None:
         return AskRegroup(reason)
     return Wait(world.regroup or f"generation {world.generation} trains")
 
 
 def _gather(now: float, state: State, world: World, config: MembershipConfig) -> Decision:
-    late = [worker.name for worker in inside(state) if not worker.ready]
+    late = [worker.name for worker in inside(state) if not _waits(worker)]
     if not late:
         return _next_world(now, state, config)
     if now - world.since <= config.gather:
@@ -154,25 +158,29 @@ def _gather(now: float, state: State, world: World, config: MembershipConfig) ->
 
 
 def _stalled(now: float, state: State, config: MembershipConfig) -> Evict | None:
-    """A worker that is not in the reduction while all others have been for too long."""
+    """A worker that others have waited for in the reduction for too long."""
     inner = inside(state)
-    others = [worker for worker in inner if worker.stage != "reduce"]
-    if len(inner) < 2 or len(others) != 1:
+    late = [worker for worker in inner if worker.stage != "reduce"]
+    if not late or len(late) == len(inner):
         return None
-    [worker] = others
     limit = max(config.stall, 10 * state.median_update)
-    waiting = now - max(other.stage_since for other in inner if other is not worker)
-    if waiting <= limit or now < worker.busy_until:
+    if now - max(worker.stage_since for worker in inner if worker.stage == "reduce") <= limit:
         return None
-    return Evict(worker.name, f"worker {worker.name} stalled: the others wait for its {worker.stage} for {limit:g} s")
+    for worker in late:
+        if now >= worker.busy_until:
+            text = f"worker {worker.name} stalled: others wait for its {worker.stage} for {limit:g} s"
+            return Evict(worker.name, text)
+    return None
 
 
 def _why_regroup(now: float, state: State, config: MembershipConfig) -> str | None:
     """Why another world would be better than the one that runs."""
     staying = [worker for worker in inside(state) if not worker.leaving]
-    joiners = _joiners(now, state)
+    joiners = _joiners(now, state, config)
     if len(staying) < len(inside(state)):
         return f"worker {next(worker.name for worker in inside(state) if worker.leaving)} leaves"
+    if not state.num_micro_batches:
+        return None
     target = min(desired_workers(state, config), len(staying) + len(joiners))
     if target > len(staying):
         return f"worker {joiners[0].name} joins"
@@ -183,12 +191,15 @@ def _why_regroup(now: float, state: State, config: MembershipConfig) -> str | No
 
 def _next_world(now: float, state: State, config: MembershipConfig) -> Decision:
     """The world to form of those that wait, or why there is none."""
-    survivors = [worker for worker in inside(state) if worker.ready and worker.connected and not worker.leaving]
-    if not survivors and state.orphaned_at is not None and now - state.orphaned_at < config.orphan_grace:
+    survivors = inside(state)
+    sound = [worker for worker in survivors if not _spoils(now, worker, config)]
+    candidates = (sound or survivors[:1]) + _joiners(now, state, config)
+    members_before = set(state.world.members) if state.world is not None else set()
+    is_unwatched = state.orphaned_at is not None and members_before.isdisjoint(w.name for w in candidates)
+    if is_unwatched and state.orphaned_at is not None and now - state.orphaned_at < config.orphan_grace:
         return Wait(
             f"the last world's workers are out of sight; without them it starts after {config.orphan_grace:g} s"
         )
-    candidates = survivors + _joiners(now, state)
     needed = max(1, config.min_workers)
     if len(candidates) < needed:
         return Wait(f"{len(candidates)} of at least {needed} workers are ready")
@@ -203,15 +214,23 @@ def _describe(state: State, members: tuple[str, ...]) -> str:
     return f"{len(members)} workers: {'; '.join(changes) or 'the same as before'}"
 
 
-def _joiners(now: float, state: State) -> list[Worker]:
+def _joiners(now: float, state: State, config: MembershipConfig) -> list[Worker]:
     """Workers outside the world that could join it, the longest waiting first."""
     names = {worker.name for worker in inside(state)}
-    waiting = [
-        worker
-        for worker in state.workers.values()
-        if worker.ready and worker.connected and not worker.leaving and worker.name not in names
-    ]
-    return sorted((w for w in waiting if not _is_cooling(now, state, w)), key=lambda worker: worker.ready_at)
+    waiting = [worker for worker in state.workers.values() if _waits(worker) and worker.name not in names]
+    able = [w for w in waiting if not _is_cooling(now, state, w) and not _spoils(now, w, config)]
+    return sorted(able, key=lambda worker: worker.ready_at)
+
+
+def _spoils(now: float, worker: Worker, config: MembershipConfig) -> bool:
+    """Whether a newcomer is held off: worlds fail to form with it, and the others must not wait for it for ever."""
+    is_suspect = worker.failed_formings >= config.crashes and not worker.has_trained
+    return is_suspect and now < worker.ready_at + config.cool_down
+
+
+def _waits(worker: Worker) -> bool:
+    """Whether a worker can be told to form a world. One that leaves is waited for until it says goodbye."""
+    return worker.ready and worker.connected and not worker.leaving
 
 
 def _is_cooling(now: float, state: State, worker: Worker) -> bool:

@@ -6,25 +6,45 @@ from elastic_batch.coordinator.state import MembershipConfig, Phase, State, Work
 
 
 def hello(state: State, now: float, name: str, slot: str, generation: int = -1, members: tuple[str, ...] = ()) -> bool:
-    """A worker connected, perhaps again.
+    """A worker connected, perhaps again. What it waits for it has to say again.
 
     A world that the state does not know yet is taken over from it: the journal was lost, or is older than the world.
+    So is a running one of which nobody was in sight any more: its workers trained on meanwhile.
 
     Returns:
         Whether the world that it says it is in goes on; if not, it has to leave it.
     """
-    if generation > state.generation:
+    if generation > state.generation or (generation == state.generation and state.world is None and generation >= 0):
         state.generation = generation
-        state.world = World(generation, members, Phase.RUNNING, now, recovered=True)
-        for member in members:
-            state.workers[member] = Worker(member, member, False, now, disconnected_at=now, generation=generation)
+        state.world = World(generation, members, Phase.RUNNING, now)
+        _await_members(state, now)
     world = state.world
     belongs = world is not None and generation == world.generation and name in world.members
-    if belongs and (known := state.workers.get(name)) is not None and known.generation == generation:
-        known.slot, known.connected, known.heard_at = slot, True, now
-    else:
-        state.workers[name] = Worker(name, slot, heard_at=now, generation=generation if belongs else -1)
-    return belongs or generation < 0
+    if belongs and world is not None and world.phase is Phase.RUNNING and not inside(state):
+        _await_members(state, now)
+    known = state.workers.get(name)
+    if world is None or not belongs or known is None or known.generation != generation:
+        # A member that was given up meanwhile comes back as a new worker: nobody waits for it to come out.
+        state.workers[name] = Worker(name, slot, heard_at=now, leaving=known is not None and known.leaving)
+        return generation < 0
+    known.slot, known.connected, known.heard_at, known.ready = slot, True, now, False
+    if world.phase is Phase.RUNNING:
+        world.regroup = None  # it may not have heard of it
+    if all(worker.connected for worker in inside(state)):
+        world.recovered = False
+    return world.phase is not Phase.ENDING
+
+
+def _await_members(state: State, now: float) -> None:
+    """Take a running world's workers for disconnected just now; one of them is back."""
+    world = state.world
+    assert world is not None
+    world.recovered, state.orphaned_at = True, None
+    for member in world.members:
+        known = state.workers.get(member)
+        if member not in world.left and member not in world.certainly_gone and not (known and known.connected):
+            slot = known.slot if known is not None else member
+            state.workers[member] = Worker(member, slot, False, now, disconnected_at=now, generation=world.generation)
 
 
 def ready(state: State, now: float, name: str, *, after: int, broken: bool, num_micro_batches: int) -> None:
@@ -39,7 +59,7 @@ def ready(state: State, now: float, name: str, *, after: int, broken: bool, num_
         worker.generation = -1  # it waits after a world that is not the newest: like a new one
     elif world is not None and world.generation == after and not broken and world.boundary_since is None:
         world.boundary_since = now
-    if after >= 0 or not state.num_micro_batches:
+    if is_inside(state, name) or (world is None and not state.num_micro_batches):
         state.num_micro_batches = num_micro_batches
 
 
@@ -48,9 +68,12 @@ def entered(state: State, now: float, name: str, generation: int) -> None:
     world = state.world
     if world is None or world.generation != generation or world.phase is not Phase.FORMING:
         return
-    world.entered.add(name)
-    if world.entered.issuperset(world.members):
+    if is_inside(state, name):
+        world.entered.add(name)
+    if len(world.entered) == len(world.members):
         world.phase, world.since = Phase.RUNNING, now
+        for worker in inside(state):
+            worker.has_trained, worker.failed_formings = True, 0
 
 
 def beat(state: State, now: float, name: str, *, stage: str, update: int, busy: float, num_micro_batches: int) -> None:
@@ -62,8 +85,10 @@ def beat(state: State, now: float, name: str, *, stage: str, update: int, busy: 
     if (worker.stage, worker.update) != (stage, update):
         worker.stage, worker.update, worker.stage_since = stage, update, now
     worker.busy_until = now + busy
-    if is_inside(state, name):
-        state.num_micro_batches = num_micro_batches
+    world = state.world
+    if world is None or world.phase is not Phase.RUNNING or not is_inside(state, name) or update < world.update:
+        return  # while a world forms, a worker without the others' state does not know what comes next
+    world.update, state.num_micro_batches = update, num_micro_batches
 
 
 def leaving(state: State, name: str) -> None:
@@ -80,6 +105,7 @@ def left(state: State, now: float, name: str) -> None:
         if world.boundary_since is None:
             world.boundary_since = now
     state.workers.pop(name, None)
+    _note_orphan(state, now)
 
 
 def disconnected(state: State, now: float, name: str) -> None:
@@ -92,15 +118,13 @@ def exited(state: State, now: float, name: str, config: MembershipConfig) -> Non
     """Whoever started the worker saw its process end: it certainly trains no more."""
     if name in state.workers:
         lost(state, now, name, config)
-    if state.world is not None:
+    if state.world is not None and name in state.world.members:
         state.world.certainly_gone.add(name)
-        if state.world.certainly_gone.issuperset(state.world.members):
-            state.orphaned_at = None
+        _note_orphan(state, now)
 
 
 def lost(state: State, now: float, name: str, config: MembershipConfig) -> None:
     """A worker is given up; a slot that loses too many is held off for a while."""
-    was_inside = is_inside(state, name)
     worker = state.workers.pop(name)
     recent = [at for at in state.crashes.get(worker.slot, ()) if now - at < config.crash_window]
     state.crashes[worker.slot] = [*recent, now]
@@ -109,20 +133,40 @@ def lost(state: State, now: float, name: str, config: MembershipConfig) -> None:
         state.cooling[worker.slot] = now + config.cool_down * 2 ** min(times, 4)
         state.cool_downs[worker.slot] = times + 1
         del state.crashes[worker.slot]
-    if was_inside and not inside(state):
+    _note_orphan(state, now)
+
+
+def _note_orphan(state: State, now: float) -> None:
+    """Note since when a world may train on with all of its workers out of sight."""
+    world = state.world
+    if world is None or world.left.union(world.certainly_gone).issuperset(world.members):
+        state.orphaned_at = None
+    elif state.orphaned_at is None and not inside(state):
         state.orphaned_at = now
 
 
 def woke_late(state: State, now: float) -> None:
-    """The coordinator itself was held up: silence meanwhile says nothing about the workers."""
+    """The coordinator itself was held up: silence and waits meanwhile say nothing about the workers."""
     for worker in state.workers.values():
-        worker.heard_at = now
+        worker.heard_at = worker.stage_since = now
+        worker.disconnected_at = now
+    if state.world is not None:
+        state.world.since = now
+        if state.world.boundary_since is not None:
+            state.world.boundary_since = now
+    if state.orphaned_at is not None:
+        state.orphaned_at = now
 
 
 def world_ended(state: State, now: float) -> None:
     """The workers were told that their world is over."""
-    assert state.world is not None
-    state.world.phase, state.world.since = Phase.ENDING, now
+    world = state.world
+    assert world is not None
+    members = inside(state)
+    if world.phase is Phase.FORMING and len(members) == len(world.members):  # nobody was lost: one of them is at fault
+        for worker in members:
+            worker.failed_formings += 1
+    world.phase, world.since = Phase.ENDING, now
 
 
 def regroup_asked(state: State, reason: str) -> None:
@@ -146,10 +190,13 @@ def world_announced(state: State, now: float, members: tuple[str, ...]) -> World
 def is_inside(state: State, name: str) -> bool:
     """Whether a worker is in the newest world, or waits after it."""
     world, worker = state.world, state.workers.get(name)
-    return world is not None and worker is not None and name in world.members and worker.generation == world.generation
+    return world is not None and worker is not None and worker.generation == world.generation
 
 
 def inside(state: State) -> list[Worker]:
     """The workers that are in the newest world, or wait after it, by rank."""
-    members = state.world.members if state.world is not None else ()
-    return [state.workers[name] for name in members if is_inside(state, name)]
+    world, workers = state.world, state.workers
+    if world is None:
+        return []
+    generation = world.generation
+    return [workers[name] for name in world.members if name in workers and workers[name].generation == generation]

@@ -25,7 +25,8 @@ class MembershipConfig:
         settle: How long a broken connection is not yet a loss, so that many that break at once are seen together.
         orphan_grace: How long a lost world is waited for before another one starts without any of its members.
         stall: How long a worker may keep all others waiting, at least; beyond, ten median updates.
-        crashes: So many losses of one slot within `crash_window` cool it down.
+        crashes: So many losses of one slot within `crash_window` cool it down. So many worlds in a row that fail to
+            form hold a worker off that never trained.
         crash_window: See `crashes`.
         cool_down: The first time; each further one is twice as long, up to sixteen times.
     """
@@ -63,6 +64,9 @@ class Worker:
         leaving: Whether it is to leave at the next boundary.
         stage: What it is at, and since when.
         busy_until: Until then its stage is no stall.
+        update: Updates committed, as it last said.
+        has_trained: Whether a world that it was in came to run.
+        failed_formings: How many worlds in a row failed to form with it though nobody was lost.
     """
 
     name: str
@@ -79,6 +83,8 @@ class Worker:
     stage_since: float = 0.0
     busy_until: float = 0.0
     update: int = 0
+    has_trained: bool = False
+    failed_formings: int = 0
 
 
 class Phase(Enum):
@@ -104,7 +110,9 @@ class World:
         boundary_since: When the first of them did.
         left: Workers that left it in good order.
         certainly_gone: Workers whose processes were seen to end.
-        recovered: Whether it is older than this coordinator: its workers may still reconnect.
+        recovered: Whether it was out of sight, perhaps since a coordinator before this one: its workers may still
+            reconnect.
+        update: The newest update that one of its workers reported.
     """
 
     generation: int
@@ -117,6 +125,7 @@ class World:
     left: set[str] = field(default_factory=set)
     certainly_gone: set[str] = field(default_factory=set)
     recovered: bool = False
+    update: int = 0
 
 
 @dataclass(slots=True)
