@@ -1,0 +1,59 @@
+"""When a worker that ended is started again, and when not. Pure: no clock, no process."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+
+EXIT_STOPPED = 75
+"""Of a worker that left or was stopped, as of a run that can be resumed."""
+_MAX_FAILURES = 3
+_FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.1, 5.0
+_DELAY_AFTER_LEAVING_SECONDS = 1.0
+_NOT_ITS_OWN = {EXIT_STOPPED, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
+"""Ends that say nothing about the program."""
+
+
+@dataclass(slots=True)
+class Restarts:
+    """The ends of one slot's processes.
+
+    Attributes:
+        in_a_row: Ends since the job last made progress.
+        failures: Those of them that were the program's own.
+        position: Where the job was at the last end.
+    """
+
+    in_a_row: int = 0
+    failures: int = 0
+    position: int = -1
+
+    def ended(self, code: int, position: int) -> float | None:
+        """A process of the slot ended.
+
+        A program that fails more than three times in a row, nobody having trained meanwhile, fails for good, and so
+        does one that ends well so often without having trained. Being told to leave, or killed, is no failure.
+
+        Args:
+            code: Its exit code; minus the signal's number if a signal ended it.
+            position: Samples that the job has committed.
+
+        Returns:
+            Seconds to wait before the next start; None: it has failed for good.
+
+        >>> slot = Restarts()
+        >>> [slot.ended(1, position=0) for _ in range(4)], slot.ended(1, position=32)
+        ([0.1, 0.2, 0.4, None], 0.1)
+        """
+        if position != self.position:
+            self.in_a_row = self.failures = 0
+            self.position = position
+        self.in_a_row += 1
+        self.failures += code not in _NOT_ITS_OWN
+        if self.failures > _MAX_FAILURES:
+            return None
+        if code in (0, EXIT_STOPPED):
+            return _DELAY_AFTER_LEAVING_SECONDS  # time to hear that the job is over
+        if self.in_a_row == 1 and code < 0:
+            return 0.0
+        return float(min(_LONGEST_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2 ** (self.in_a_row - 1)))

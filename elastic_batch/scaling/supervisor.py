@@ -1,0 +1,234 @@
+"""One machine's part in an elastic job: its workers, on one of them the coordinator, from the start to the end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elastic_batch.scaling.coordinator_process import CoordinatorProcess
+from elastic_batch.scaling.link import CoordinatorAway, CoordinatorLink, Status
+from elastic_batch.scaling.output import Show
+from elastic_batch.scaling.pool import Pool, PoolSettings
+from elastic_batch.scaling.restarts import EXIT_STOPPED
+
+EXIT_FAILED = 1
+EXIT_KILLED = 130
+"""A second Ctrl-C or SIGTERM."""
+_POLL_SECONDS = 0.2
+"""A warm worker waits already when one more is wanted, so this delays none."""
+_OUTSIDER_SECONDS = 2.0
+"""For workers outside the world to hear that the run is over; those in it take the time they need."""
+_KILL_SECONDS = 10.0
+_AWAY_SECONDS = 10.0
+"""Without an answer, when no worker of this machine is left, the coordinator counts as gone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisorSettings:
+    """One machine's part in a job.
+
+    Args:
+        pool: Its workers.
+        num_workers: How many it starts with.
+        warm: How many more than are wanted are kept ready.
+        follows_demand: Whether more are started when the job wants more; else `num_workers` it is.
+        coordinator: Arguments of the coordinator to run; None: it runs elsewhere.
+        log_dir: Where the coordinator's output is kept.
+    """
+
+    pool: PoolSettings
+    num_workers: int
+    warm: int = 0
+    follows_demand: bool = False
+    coordinator: tuple[str, ...] | None = None
+    log_dir: Path | None = None
+
+
+class Supervisor:
+    """Runs one machine's part; `run` is called once.
+
+    Args:
+        settings: What to run.
+        link: Reaches the coordinator.
+        show: Takes lines to show.
+    """
+
+    def __init__(self, settings: SupervisorSettings, link: CoordinatorLink, show: Show) -> None:
+        self._settings = settings
+        self._link = link
+        self._show = show
+        self._pool = Pool(settings.pool, show, self._worker_exited)
+        self._coordinator: CoordinatorProcess | None = None
+        if settings.coordinator is not None and settings.log_dir is not None:
+            self._coordinator = CoordinatorProcess(settings.coordinator, show, settings.log_dir)
+        self._status = Status()
+        self._heard_at = 0.0
+        self._verdict: int | None = None
+        self._stop: str | None = None
+        self._killed = asyncio.Event()
+        self._aside: set[asyncio.Task[Any]] = set()
+
+    async def run(self) -> int:
+        """Run until the job is over, was stopped, or has failed; nothing that was started is left.
+
+        Returns:
+            0: complete; 75: stopped, to be resumed; 1: failed; 130: killed by a second signal.
+        """
+        self._heard_at = asyncio.get_running_loop().time()
+        self._handle_signals()
+        working = asyncio.ensure_future(self._work())
+        killed = asyncio.ensure_future(self._killed.wait())
+        try:
+            await asyncio.wait((working, killed), return_when=asyncio.FIRST_COMPLETED)
+            return working.result() if working.done() else EXIT_KILLED
+        finally:
+            await self._end(working, killed)
+
+    async def _work(self) -> int:
+        await self._pool.start()
+        if self._coordinator is not None:
+            self._do_aside(self._follow_coordinator(self._coordinator))
+        self._do_aside(self._follow_status())
+        self._pool.resize(self._settings.num_workers + self._settings.warm)
+        while self._verdict is None and self._pool.failure is None:
+            await self._pool.wait_for_change(_POLL_SECONDS)
+            self._conclude_without_coordinator()
+        if self._pool.failure is not None and self._verdict is None:
+            self._show(self._pool.failure)
+            self._verdict = EXIT_FAILED
+        await self._dismiss()
+        for failure in self._pool.late_failures:
+            self._show(f"training is over, but {failure}")
+        return self._verdict or (EXIT_FAILED if self._pool.late_failures else 0)
+
+    # The coordinator.
+
+    async def _follow_coordinator(self, coordinator: CoordinatorProcess) -> None:
+        self._verdict = await coordinator.run()
+
+    async def _follow_status(self) -> None:
+        shown = ""
+        while True:
+            try:
+                self._status = await self._link.status()
+            except CoordinatorAway:
+                await asyncio.sleep(_POLL_SECONDS)
+                continue
+            self._heard_at = asyncio.get_running_loop().time()
+            self._take_status()
+            shown = self._show_world(shown)
+            await asyncio.sleep(_POLL_SECONDS)
+
+    def _take_status(self) -> None:
+        position = self._status.position
+        self._pool.progressed(position)
+        if self._coordinator is not None:
+            self._coordinator.progressed(position)
+        if self._settings.follows_demand and self._stop is None and self._status.get("ended") is None:
+            self._pool.resize(self._status.wanted + self._settings.warm)
+        if self._status.get("ended") is not None:
+            self._pool.retire()
+
+    def _show_world(self, shown: str) -> str:
+        status = self._status
+        line = f"generation {status.get('generation')}, {len(status.members)} workers: {status.get('reason')}"
+        if line != shown and status.get("phase") == "running":
+            self._show(line)
+            return line
+        return shown
+
+    def _worker_exited(self, worker: str) -> None:
+        self._do_aside(self._tell_exit(worker))
+
+    async def _tell_exit(self, worker: str) -> None:
+        try:
+            await self._link.exited(worker)
+        except CoordinatorAway:
+            return  # it sees the connection end
+
+    def _conclude_without_coordinator(self) -> None:
+        """Where the coordinator runs elsewhere, this machine's part is over when its workers are and it says so."""
+        if self._coordinator is not None or self._verdict is not None:
+            return
+        now = asyncio.get_running_loop().time()
+        is_over = self._status.get("ended") is not None or self._stop is not None
+        is_gone = now - self._heard_at > _AWAY_SECONDS and set(self._pool.codes.values()) <= {0, EXIT_STOPPED}
+        if self._pool.is_empty and self._pool.codes and (is_over or is_gone):
+            self._verdict = max(self._pool.codes.values()) and EXIT_STOPPED
+
+    # The end.
+
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._stop is not None:
+            self._killed.set()
+            return
+        self._stop = number.name
+        self._pool.retire()
+        self._show(f"{number.name}: stopping after the update under way, with a checkpoint; once more to kill")
+        self._do_aside(self._ask_to_stop(number.name))
+
+    async def _ask_to_stop(self, reason: str) -> None:
+        if self._coordinator is not None:
+            try:
+                await self._link.stop(reason)
+                await self._until_empty(None)
+                await asyncio.sleep(_OUTSIDER_SECONDS)  # for the coordinator's own word
+                self._verdict = EXIT_STOPPED
+            except CoordinatorAway:
+                self._show("the coordinator is away: every worker is told to leave")
+            else:
+                return
+        # All leave at one boundary, the last ones with a checkpoint.
+        self._pool.signal(signal.SIGTERM)
+        await self._until_empty(None)
+        self._verdict = EXIT_STOPPED
+
+    async def _dismiss(self) -> None:
+        """Let every worker end: at once, or when it is done where it takes part in the end of the run."""
+        self._pool.retire()
+        if self._verdict in (0, EXIT_STOPPED):
+            await self._until_empty(_OUTSIDER_SECONDS)
+            self._pool.signal(signal.SIGTERM, but=self._status.members)
+            await self._until_empty(None if self._pool.workers & self._status.members else _KILL_SECONDS)
+        else:
+            self._pool.signal(signal.SIGTERM)
+            await self._until_empty(_KILL_SECONDS)
+
+    async def _until_empty(self, seconds: float | None) -> None:
+        loop = asyncio.get_running_loop()
+        until = None if seconds is None else loop.time() + seconds
+        while not self._pool.is_empty and (until is None or loop.time() < until):
+            await self._pool.wait_for_change(_POLL_SECONDS)
+
+    async def _end(self, *tasks: asyncio.Task[Any]) -> None:
+        for task in (*tasks, *self._aside):
+            task.cancel()
+        await self._pool.close()
+        if self._coordinator is not None:
+            await self._coordinator.end()
+            self._coordinator.close()
+        await asyncio.gather(*tasks, *self._aside, return_exceptions=True)
+        await self._link.close()
+
+    def _do_aside(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._aside.add(task)
+        task.add_done_callback(self._aside.discard)
+
+
+def supervise(settings: SupervisorSettings, link: CoordinatorLink, show: Callable[[str], None]) -> int:
+    """Run one machine's part of a job; see `Supervisor.run`."""
+
+    async def run() -> int:
+        return await Supervisor(settings, link, show).run()
+
+    return asyncio.run(run())
