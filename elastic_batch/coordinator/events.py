@@ -139,7 +139,9 @@ def lost(state: State, now: float, name: str, config: MembershipConfig) -> None:
 def _note_orphan(state: State, now: float) -> None:
     """Note since when a world may train on with all of its workers out of sight."""
     world = state.world
-    if world is None or world.left.union(world.certainly_gone).issuperset(world.members):
+    if world is None:
+        return
+    if world.left.union(world.certainly_gone).issuperset(world.members):
         state.orphaned_at = None
     elif state.orphaned_at is None and not inside(state):
         state.orphaned_at = now

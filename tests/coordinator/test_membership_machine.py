@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -475,3 +477,44 @@ class Membership(RuleBasedStateMachine):
 
 TestMembership = Membership.TestCase
 TestMembership.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_long_walks_among_faults_end_in_one_world(seed: int) -> None:
+    chance = random.Random(seed)
+    machine = Membership()
+    machine.configure(
+        least=chance.randint(1, 2), most=chance.randint(2, 4), spares=chance.randint(0, 1), num=3, calm=True
+    )
+    for _ in range(150):
+        number = chance.randrange(10)
+        match chance.randrange(24):
+            case 0:
+                machine.kill(number, chance.random() < 0.5)
+            case 1:
+                machine.see_exit(number)
+            case 2:
+                machine.cut(number)
+            case 3 if chance.random() < 0.3:
+                machine.cut_all()
+            case 4:
+                machine.stop_or_wake(number)
+            case 5:
+                machine.tell_to_leave(number)
+            case 6 if chance.random() < 0.3:
+                machine.restart_coordinator(chance.random() < 0.7)
+            case 7 | 8:
+                machine.wait(chance.choice([0.01, 0.1, 1.0, 3.5, 12.0, 25.0]), chance.random() < 0.8)
+            case 9 | 10 if sum(process.lives for process in machine.processes.values()) < MOST_WORKERS:
+                machine.start()
+            case 11 | 12 | 13:
+                machine.deliver_up(number, chance.randint(1, 4))
+            case 14 | 15 | 16:
+                machine.deliver_down_and_train(number, chance.randint(1, 3))
+            case 17:
+                machine.reconnect(number)
+            case _:
+                machine.all_go_on(1)
+        machine.a_running_world_was_entered_by_all()
+        machine.nobody_counts_twice()
+    machine.teardown()
