@@ -14,7 +14,7 @@ from elastic_batch.cli.main import EXIT_RESUMABLE
 from elastic_batch.coordinator.config import CoordinatorConfig
 from elastic_batch.coordinator.state import MembershipConfig
 
-_EXIT_CODES = {"complete": 0, "stopped": EXIT_RESUMABLE, "ended by a signal": 128 + signal.SIGTERM}
+_EXIT_CODES = {"complete": 0, "stopped": EXIT_RESUMABLE, "told to end": 128 + signal.SIGTERM}
 _MANY = 1 << 30
 _DEFAULTS = MembershipConfig()
 _FILE = click.Path(path_type=Path)

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 EVICTED = 4000
 """WebSocket closing code: the worker was given up; it may come back as a new one."""
+_WRITE_SECONDS = 1.0
+"""How long a decision may wait to be written down."""
 
 
 class Decisions:
@@ -32,6 +34,7 @@ class Decisions:
         self._run = run
         self.rescale = Rescale()
         self._unwritten: list[journal.Decision] = []
+        self._write_by = 0.0
 
     def carry_out(self, now: float, decision: Decision) -> bool:
         """Do it. Returns False where the disk did not take it: it is as if it had not been made, and comes again."""
@@ -63,21 +66,30 @@ class Decisions:
         run.connections.tell(outside, End(reason=reason))
         self._note_decision("end", reason)
 
-    def write_down(self) -> None:
-        """Bring what was decided to the disk. It comes after the workers were told: they do not wait for the disk."""
+    def write_down(self, now: float | None = None) -> None:
+        """Bring what was decided to the disk.
+
+        Args:
+            now: Seconds; until a change of the world is over, or for a second, it waits: workers should not wait for
+                the disk. None: at once.
+        """
+        if not self._unwritten or (now is not None and self.rescale.is_under_way and now < self._write_by):
+            return
         decisions, self._unwritten = self._unwritten, []
-        if decisions:
-            try:
-                self._run.journal.decided(decisions)
-            except JournalUnusable as error:
-                logger.error("%s", error)
+        try:
+            self._run.journal.decided(decisions)
+        except JournalUnusable as error:
+            logger.error("%s", error)
 
     def _evict(self, now: float, decision: Evict) -> None:
         run, state = self._run, self._run.state
         logger.warning("%s", decision.reason)
-        if events.is_inside(state, decision.worker):
-            self.rescale.noticed(state.workers[decision.worker].disconnected_at or now)
+        worker, was_inside = state.workers[decision.worker], events.is_inside(state, decision.worker)
         events.lost(state, now, decision.worker, run.membership)
+        if was_inside:
+            self.rescale.noticed(worker.heard_at if worker.connected else worker.disconnected_at)
+        if was_inside and not events.inside(state):
+            self.rescale.decided(now, "loss")  # nobody is left to be told
         run.connections.cut(decision.worker, EVICTED, decision.reason)
         run.store.forget(decision.worker)
         self._note_decision("evict", decision.reason)
@@ -153,4 +165,6 @@ class Decisions:
 
     def _note_decision(self, kind: str, reason: str) -> None:
         self._run.reason = reason
+        if not self._unwritten:
+            self._write_by = self._run.clock() + _WRITE_SECONDS
         self._unwritten.append(journal.Decision(time.time(), self._run.state.generation, kind, reason))

@@ -20,6 +20,11 @@ class Rescale:
         """Whether a world forms."""
         return self._forms_at is not None
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether workers wait for a world, or for the last one to end."""
+        return self._noticed_at is not None
+
     def noticed(self, at: float) -> None:
         """Something happened that calls for another world."""
         if self._noticed_at is None:

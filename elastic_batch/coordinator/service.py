@@ -55,7 +55,6 @@ class Service:
         while not self._is_done():
             self._tick()
             await asyncio.sleep(TICK_SECONDS)
-        self.save()
         assert self.run.state.ended is not None
         return self.run.state.ended
 
@@ -120,6 +119,7 @@ class Service:
         now = self._now()
         self.run.store.expire(now)
         self._decide()
+        self._decisions.write_down(now)
         if now - self._saved_at >= SAVE_SECONDS:
             self._saved_at = now
             self.save()
@@ -140,7 +140,6 @@ class Service:
         else:
             self._decide_soon()
         self._watch_the_end()
-        self._decisions.write_down()
         self._step_seconds = min(0.1, self.run.clock() - started)
 
     def _watch_the_end(self) -> None:
@@ -179,6 +178,7 @@ class Service:
 
     def save(self) -> None:
         """Let progress survive this process; a full disk is complained of once a minute."""
+        self._decisions.write_down()
         try:
             self.run.save_progress()
         except JournalUnusable as error:

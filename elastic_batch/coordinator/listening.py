@@ -1,0 +1,61 @@
+"""The coordinator's listening socket, and the address under which others reach it."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import socket
+
+from elastic_batch.coordinator.config import CoordinatorConfig
+from elastic_batch.errors import InvalidSetting
+
+_WILDCARDS = ("0.0.0.0", "::", "")
+
+
+def bind(config: CoordinatorConfig, last_port: int) -> socket.socket:
+    """A listening socket; where any port will do, the last one if it is free.
+
+    Args:
+        config: Where to listen.
+        last_port: The port of the last coordinator of this run; 0: there was none.
+
+    Raises:
+        InvalidSetting: The port is taken, or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    if not config.port and last_port:
+        with contextlib.suppress(OSError):
+            return socket.create_server((config.host, last_port), family=family, backlog=4096)
+    try:
+        return socket.create_server((config.host, config.port), family=family, backlog=4096)
+    except OSError as error:
+        raise InvalidSetting(
+            "port",
+            config.port,
+            f"must be free on {config.host} ({error.strerror})",
+            "Choose another, or 0 for any free one",
+        ) from error
+
+
+def public_url(config: CoordinatorConfig, listener: socket.socket) -> str:
+    """Where others reach the listener."""
+    scheme = "https" if config.tls_cert else "http"
+    host = config.advertise or (_own_address() if config.host in _WILDCARDS else config.host)
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+
+
+def allow_many_connections() -> None:
+    """Raise the number of files that this process may have open to what the system lets it."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # some systems name a limit that they do not grant
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _own_address() -> str:
+    """The address of the interface that leads out; loopback where none does."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # of a range for documentation; nothing is sent
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])

@@ -1,0 +1,458 @@
+"""A whole coordinator on real sockets, with workers that only speak."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.coordinators import Serving, serving
+from support.fake_worker import FakeWorker, connected, greeted
+from websockets.exceptions import ConnectionClosed
+
+from elastic_batch.coordinator.journal import FILE, JournalUnusable
+from elastic_batch.errors import InvalidSetting
+from elastic_batch.protocol import (
+    Abort,
+    End,
+    Form,
+    Leave,
+    Leaving,
+    Progress,
+    Refused,
+    Regroup,
+    Stop,
+    StoreReply,
+    StoreRequest,
+    Welcome,
+)
+
+RECORD = {"update": 5, "position": 40, "epoch": 0.1, "global_batch_size": 8, "num_micro_batches": 8, "world_size": 2}
+
+
+async def _world(first: FakeWorker, second: FakeWorker) -> Form:
+    """The world of two workers, running."""
+    await asyncio.gather(first.ready(), second.ready())
+    form = await first.enter()
+    if len(form.members) == 1:  # the second one came later
+        await first.hear(Regroup)
+        await first.ready(form.generation)
+        form = await first.enter()
+    await second.enter()
+    return form
+
+
+def test_two_workers_form_a_world_and_hear_where_the_others_are(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with (
+            serving(tmp_path, min_workers=2) as coordinator,
+            connected(tmp_path, "a", address="10.0.0.1") as a,
+            connected(tmp_path, "b", address="10.0.0.2") as b,
+        ):
+            form = await _world(a, b)
+            assert dict(zip(form.members, form.addresses, strict=True)) == {"a": "10.0.0.1", "b": "10.0.0.2"}
+            await a.beat(num_micro_batches=8)
+            found = await coordinator.until(lambda status: status["phase"] == "running")
+            assert (found["generation"], found["desired_workers"]) == (1, 8)
+            assert [worker["state"] for worker in found["workers"]] == ["active", "active"]
+
+    asyncio.run(scenario())
+
+
+def test_the_others_hear_at_once_that_a_worker_died_and_go_on_without_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with (
+            serving(tmp_path, min_workers=1) as coordinator,
+            connected(tmp_path, "a") as a,
+            connected(tmp_path, "b") as b,
+        ):
+            form = await _world(a, b)
+            started = asyncio.get_running_loop().time()
+            b.socket.transport.abort()
+            abort = await a.hear(Abort)
+            assert asyncio.get_running_loop().time() - started < 1
+            assert (abort.generation, abort.reason) == (form.generation, "worker b was lost")
+            await a.ready(form.generation, broken=True)
+            assert (await a.enter()).members == ("a",)
+            metrics = (await coordinator.http.get("/metrics")).text
+            assert 'elastic_batch_rescales_total{cause="loss"' in metrics
+            assert f'elastic_batch_rescale_seconds_count{{run="{tmp_path.name}",step="agree"}}' in metrics
+
+    asyncio.run(scenario())
+
+
+def test_a_silent_worker_is_evicted_and_may_come_back_as_a_new_one(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, eviction=0.5), connected(tmp_path, "a") as a, connected(tmp_path, "b") as b:
+            form = await _world(a, b)
+            beating = asyncio.create_task(_keep_beating(a))
+            with pytest.raises(ConnectionClosed, match="silent"):
+                while True:
+                    await b.socket.recv()
+            await a.hear(Abort)
+            async with connected(tmp_path, "b", generation=form.generation, members=form.members) as again:
+                assert (await again.hear(Abort)).generation == form.generation
+            beating.cancel()
+
+    async def _keep_beating(worker: FakeWorker) -> None:
+        while True:
+            await worker.beat()
+            await asyncio.sleep(0.1)
+
+    asyncio.run(scenario())
+
+
+def test_a_drained_worker_leaves_and_the_rest_goes_on(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with (
+            serving(tmp_path, min_workers=1) as coordinator,
+            connected(tmp_path, "a") as a,
+            connected(tmp_path, "b") as b,
+        ):
+            form = await _world(a, b)
+            assert (await coordinator.http.post("/workers/b/drain")).status_code == 200
+            await b.hear(Leave)
+            await b.say(Leaving())
+            assert "b leaves" in (await a.hear(Regroup)).reason
+            await asyncio.gather(a.ready(form.generation), b.bye("left"))
+            assert (await a.hear(Form)).members == ("a",)
+
+    asyncio.run(scenario())
+
+
+def test_draining_an_unknown_worker_names_the_nearest(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as coordinator, connected(tmp_path, "local-1"):
+            answer = await coordinator.http.post("/workers/lokal-1/drain")
+            assert (answer.status_code, answer.json()["error"]) == (
+                404,
+                "there is no worker 'lokal-1'. Did you mean 'local-1'?",
+            )
+
+    asyncio.run(scenario())
+
+
+def test_an_exit_that_was_seen_ends_the_world_at_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with (
+            serving(tmp_path, settle=60) as coordinator,
+            connected(tmp_path, "a") as a,
+            connected(tmp_path, "b") as b,
+        ):
+            await _world(a, b)
+            assert (await coordinator.http.post("/workers/b/exited")).json() == {"known": True}
+            await a.hear(Abort)
+            assert (await coordinator.http.post("/workers/b/exited")).json() == {"known": False}
+
+    asyncio.run(scenario())
+
+
+def test_a_restarted_coordinator_adopts_the_world_and_its_counters(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as first, connected(tmp_path, "a") as a, connected(tmp_path, "b") as b:
+            form = await _world(a, b)
+            await a.say(Progress(generation=form.generation, record={**RECORD, "seconds": 0.1}))
+            await first.until(lambda status: status["update"] == 5)
+        async with serving(tmp_path) as second:
+            same = {"generation": form.generation, "members": form.members, "run_id": first.announcement.run_id}
+            assert (second.announcement.run_id, second.announcement.token, second.announcement.url) == (
+                first.announcement.run_id,
+                first.announcement.token,
+                first.announcement.url,
+            )
+            async with connected(tmp_path, "a", **same) as a, connected(tmp_path, "b", **same) as b:
+                found = await second.until(lambda status: all(w["state"] == "active" for w in status["workers"]))
+                assert (found["generation"], found["phase"], found["update"]) == (form.generation, "running", 5)
+                assert (
+                    f'elastic_batch_updates_total{{run="{tmp_path.name}"}} 5.0'
+                    in (await second.http.get("/metrics")).text
+                )
+                await asyncio.sleep(0.7)  # past the grace for reconnecting
+                assert (await second.status())["phase"] == "running"
+                assert not [m for m in (*a.unheard, *b.unheard) if isinstance(m, Abort | Regroup | Form)]
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_died_while_the_coordinator_was_away_is_missed_after_the_grace(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path), connected(tmp_path, "a") as a, connected(tmp_path, "b") as b:
+            form = await _world(a, b)
+        async with (
+            serving(tmp_path),
+            connected(tmp_path, "a", generation=form.generation, members=form.members) as a,
+        ):
+            assert "worker b was lost" in (await a.hear(Abort)).reason
+            await a.ready(form.generation, broken=True)
+            again = await a.hear(Form)
+            assert (again.generation, again.members) == (form.generation + 1, ("a",))
+
+    asyncio.run(scenario())
+
+
+def test_a_lost_journal_is_made_anew_from_what_the_workers_report(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as first, connected(tmp_path, "a") as a, connected(tmp_path, "b") as b:
+            form = await _world(a, b)
+        (tmp_path / FILE).unlink()
+        same: dict[str, Any] = {
+            "generation": form.generation,
+            "members": form.members,
+            "run_id": first.announcement.run_id,
+        }
+        async with (
+            serving(tmp_path) as second,
+            connected(tmp_path, "a", **same),
+            connected(tmp_path, "b", **same) as b,
+        ):
+            found = await second.until(lambda status: len(status["workers"]) == 2)
+            assert (found["run_id"], found["generation"], found["phase"]) == (
+                first.announcement.run_id,
+                form.generation,
+                "running",
+            )
+            assert second.coordinator.run.journal.last_world()[0] == form.generation
+
+    asyncio.run(scenario())
+
+
+def test_with_everything_lost_the_run_takes_its_name_from_a_worker(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as coordinator:
+            async with connected(tmp_path, "a", run_id="0123456789abcdef"):
+                assert (await coordinator.status())["run_id"] == "0123456789abcdef"
+            async with greeted(tmp_path, "b", run_id="another") as b:
+                assert "belongs to run another" in (await b.hear(Refused)).reason
+
+    asyncio.run(scenario())
+
+
+def test_a_stale_worker_is_told_to_leave_its_world(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path), connected(tmp_path, "a") as a:
+            await a.ready()
+            await a.enter()
+            async with connected(tmp_path, "old", generation=0, members=("old", "older")) as old:
+                assert (await old.hear(Abort)).generation == 0
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"package": "0.0.0"}, "the worker runs elastic-batch 0.0.0"),
+        ({"version": 99}, "protocol 99"),
+    ],
+)
+def test_another_version_is_refused_with_both_versions(tmp_path: Path, fields: dict[str, Any], words: str) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path), greeted(tmp_path, "a", **fields) as a:
+            reason = (await a.hear(Refused)).reason
+            assert words in reason
+            assert "Install the same version" in reason
+
+    asyncio.run(scenario())
+
+
+def test_a_newer_version_that_says_unknown_things_is_told_so(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path), connected(tmp_path, "a") as a:
+            await a.socket.send('{"kind": "future"}')
+            with pytest.raises(ConnectionClosed, match="not understood"):
+                await a.socket.recv()
+
+    asyncio.run(scenario())
+
+
+def test_another_job_is_refused_with_every_difference(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path), connected(tmp_path, "a") as a:
+            await a.ready(job={"seed": 1, "schedule": {"factor": 2}, "end": 10})
+            await a.enter()
+            async with connected(tmp_path, "b") as b:
+                await b.ready(job={"seed": 2, "schedule": {"factor": 5}, "end": 20})
+                reason = (await b.hear(Refused)).reason
+                assert "seed: 1 there, 2 now" in reason
+                assert "schedule.factor: 2 there, 5 now" in reason
+                assert "end: 10 there, 20 now" in reason
+
+    asyncio.run(scenario())
+
+
+def test_a_job_may_be_trained_further_when_nobody_trains(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as first, connected(tmp_path, "a") as a:
+            await a.ready(job={"seed": 1, "end": 10})
+            await a.enter()
+            await a.bye("finished")
+            assert await first.outcome() == "complete"
+        async with serving(tmp_path), connected(tmp_path, "a") as a:
+            await a.ready(job={"seed": 1, "end": 20})
+            assert (await a.hear(Form)).generation == 2
+
+    asyncio.run(scenario())
+
+
+def test_the_job_is_complete_when_the_lead_says_so_and_outsiders_end(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with (
+            serving(tmp_path, max_workers=2) as coordinator,
+            connected(tmp_path, "a") as a,
+            connected(tmp_path, "b") as b,
+        ):
+            form = await _world(a, b)
+            lead, other = (a, b) if form.members[0] == "a" else (b, a)
+            async with connected(tmp_path, "c") as outsider:
+                await outsider.ready()
+                await other.bye("finished")
+                await coordinator.until(lambda status: status["ended"] == "the job is complete")
+                assert not coordinator.task.done()  # the lead may still be saving
+                await lead.bye("finished")
+                assert (await outsider.hear(End)).reason == "the job is complete"
+            assert await coordinator.outcome() == "complete"
+
+    asyncio.run(scenario())
+
+
+def test_the_job_is_not_complete_if_the_lead_dies_while_it_saves_the_end(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with (
+            serving(tmp_path, max_workers=2) as coordinator,
+            connected(tmp_path, "a") as a,
+            connected(tmp_path, "b") as b,
+        ):
+            form = await _world(a, b)
+            lead, other = (a, b) if form.members[0] == "a" else (b, a)
+            await other.bye("finished")
+            await coordinator.until(lambda status: status["ended"] is not None)
+            lead.socket.transport.abort()
+            await coordinator.until(lambda status: status["ended"] is None)
+            async with connected(tmp_path, "c") as newcomer:
+                await newcomer.ready()
+                assert (await newcomer.hear(Form)).generation == form.generation + 1
+
+    asyncio.run(scenario())
+
+
+def test_a_stop_reaches_the_world_and_ends_the_run_resumably(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with (
+            serving(tmp_path) as coordinator,
+            connected(tmp_path, "a") as a,
+            connected(tmp_path, "b") as b,
+        ):
+            await _world(a, b)
+            assert (await coordinator.http.post("/stop", json={"reason": "enough"})).status_code == 200
+            assert (await a.hear(Stop)).reason == (await b.hear(Stop)).reason == "enough"
+            await asyncio.gather(a.bye("stopped"), b.bye("stopped"))
+            assert await coordinator.outcome() == "stopped"
+        async with serving(tmp_path), connected(tmp_path, "c") as again:  # nobody of the old world is waited for
+            await again.ready()
+            assert (await again.hear(Form)).members == ("c",)
+
+    asyncio.run(scenario())
+
+
+def test_a_stop_without_workers_ends_the_run(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as coordinator:
+            await coordinator.http.post("/stop", content=b"")
+            assert await coordinator.outcome() == "stopped"
+
+    asyncio.run(scenario())
+
+
+def test_a_withdrawn_generation_fails_every_wait_in_its_store_at_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path), connected(tmp_path, "a") as a, connected(tmp_path, "b") as b:
+            form = await _world(a, b)
+            request = StoreRequest(request=1, generation=form.generation, operation="get", keys=("k",), wait_seconds=60)
+            await a.say(request)
+            await b.ask(form.generation, operation="set", keys=("other",), value="QQ==")
+            b.socket.transport.abort()
+            reply = await a.hear(StoreReply)
+            assert f"generation {form.generation} is over" in (reply.error or "")
+
+    asyncio.run(scenario())
+
+
+def test_a_second_connection_of_a_worker_replaces_the_first(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as coordinator, connected(tmp_path, "a") as a:
+            await a.ready()
+            form = await a.enter()
+            async with connected(tmp_path, "a", generation=form.generation, members=form.members):
+                with pytest.raises(ConnectionClosed, match="connected again"):
+                    await a.socket.recv()
+                await asyncio.sleep(0.1)
+                assert (await coordinator.status())["phase"] == "running"
+
+    asyncio.run(scenario())
+
+
+def test_a_message_that_is_too_long_ends_the_connection(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as coordinator, connected(tmp_path, "a") as a:
+            await a.socket.send(" " * (1 << 21))
+            with pytest.raises(ConnectionClosed):
+                await a.socket.recv()
+            await coordinator.until(lambda status: not status["workers"])
+
+    asyncio.run(scenario())
+
+
+def test_a_full_disk_lets_no_world_form_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(coordinator: Serving) -> None:
+        journal = coordinator.coordinator.run.journal
+
+        def full(*_: object) -> None:
+            raise JournalUnusable("cannot write the journal: disk full")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(journal, "begin_world", full)
+            async with connected(tmp_path, "a") as a:
+                await a.ready()
+                await coordinator.until(lambda status: "disk full" in status["reason"])
+                patch.undo()
+                assert (await a.hear(Form)).generation == 1
+
+    async def main() -> None:
+        async with serving(tmp_path) as coordinator:
+            await scenario(coordinator)
+
+    asyncio.run(main())
+
+
+def test_a_second_coordinator_of_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elastic_batch.coordinator.journal._BUSY_SECONDS", 0.05)
+
+    async def scenario() -> None:
+        async with serving(tmp_path):
+            with pytest.raises(JournalUnusable, match="another coordinator"):
+                async with serving(tmp_path):
+                    pass
+
+    asyncio.run(scenario())
+
+
+def test_a_port_that_is_taken_is_one_clear_error(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            with pytest.raises(InvalidSetting, match="must be free on 127.0.0.1"):
+                async with serving(tmp_path, settings={"port": port}):
+                    pass
+
+    asyncio.run(scenario())
+
+
+def test_the_welcome_names_the_run_and_the_beat(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, beat=0.25) as coordinator, greeted(tmp_path, "a") as a:
+            welcome = await a.hear(Welcome)
+            assert welcome == Welcome(run_id=coordinator.announcement.run_id, beat_seconds=0.25, generation=0)
+
+    asyncio.run(scenario())
