@@ -50,10 +50,13 @@ def read_announcement(run_dir: Path) -> Announcement | None:
     path = run_dir / FILE
     try:
         found = json.loads(path.read_bytes())
-        return Announcement(**{name: found.get(name) for name in Announcement.__dataclass_fields__})
+        text = {name: found[name] for name in ("url", "token", "run_id", "version")}
+        if not all(isinstance(value, str) for value in text.values()):
+            raise TypeError("a field is not a text")
+        return Announcement(**text, pid=int(found["pid"]), tls_cert=found.get("tls_cert"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise InvalidSetting(
             "run_dir", str(run_dir), f"must hold a readable {FILE} ({error})", "Remove that file to have it made anew"
         ) from error

@@ -1,0 +1,152 @@
+"""Who is let in: token, Host and Origin, on every route and on the WebSocket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.coordinators import serving
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
+
+from elastic_batch.coordinator.announcement import FILE, Announcement, choose_token, read_announcement
+from elastic_batch.errors import InvalidSetting
+from elastic_batch.protocol import PATH
+
+ROUTES = [
+    ("GET", "/status"),
+    ("GET", "/metrics"),
+    ("POST", "/stop"),
+    ("POST", "/workers/a/drain"),
+    ("POST", "/workers/a/exited"),
+    ("GET", "/nothing"),
+]
+
+
+@pytest.mark.parametrize(
+    ("header", "words"), [(None, "no token"), ("Bearer wrong", "wrong token"), ("Basic x", "wrong")]
+)
+def test_no_route_opens_without_the_token(tmp_path: Path, header: str | None, words: str) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as coordinator:
+            del coordinator.http.headers["Authorization"]
+            for method, path in ROUTES:
+                headers = {"Authorization": header} if header else {}
+                answer = await coordinator.http.request(method, path, headers=headers)
+                assert answer.status_code == 401, path
+                assert words in answer.json()["error"]
+                assert answer.headers["www-authenticate"] == "Bearer"
+            assert (await coordinator.http.get("/healthz")).text == "ok\n"
+            assert not coordinator.task.done()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("headers", "code"),
+    [
+        ({"Host": "evil.example:80"}, 400),
+        ({"Host": ""}, 400),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "localhost:1", "Origin": "http://localhost:1"}, 200),
+        ({"Host": "a.service:1"}, 200),
+        ({"Host": "[::1]:1"}, 200),
+    ],
+)
+def test_a_page_of_another_site_is_refused_even_with_the_token(
+    tmp_path: Path, headers: dict[str, str], code: int
+) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, settings={"allowed_hosts": ("a.service",)}) as coordinator:
+            answers = [await coordinator.http.get(path, headers=headers) for path in ("/status", "/healthz")]
+            assert [answer.status_code for answer in answers] == [code, code]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("headers", "code", "words"),
+    [
+        ({}, 401, "no token"),
+        ({"Authorization": "Bearer wrong"}, 401, "wrong token"),
+        ({"Origin": "http://evil.example"}, 403, "another site"),
+    ],
+)
+def test_the_websocket_is_refused_before_it_opens(
+    tmp_path: Path, headers: dict[str, str], code: int, words: str
+) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as coordinator:
+            url = "ws" + coordinator.announcement.url.removeprefix("http") + PATH
+            with pytest.raises(InvalidStatus) as caught:
+                await connect(url, additional_headers=headers, proxy=None)
+            assert caught.value.response.status_code == code
+            assert words in bytes(caught.value.response.body or b"").decode()
+
+    asyncio.run(scenario())
+
+
+def test_the_announcement_can_be_read_by_its_owner_only(tmp_path: Path) -> None:
+    async def scenario() -> Announcement:
+        async with serving(tmp_path) as coordinator:
+            assert stat.S_IMODE((tmp_path / FILE).stat().st_mode) == 0o600
+            return coordinator.announcement
+
+    said = asyncio.run(scenario())
+    assert said.url.startswith("http://127.0.0.1:")
+    assert len(said.token) >= 32
+
+
+def test_the_token_never_stands_in_a_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+
+    async def scenario() -> str:
+        async with serving(tmp_path) as coordinator:
+            await coordinator.http.get("/status")
+            return coordinator.announcement.token
+
+    assert asyncio.run(scenario()) not in caplog.text
+
+
+def test_a_token_file_wins_over_the_last_token(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("0123456789abcdef\n")
+    last = Announcement(url="http://h:1", token="x" * 32, run_id="r", pid=1, version="1")
+    assert choose_token(file, last) == "0123456789abcdef"
+    assert choose_token(None, last) == last.token
+    assert choose_token(None, None) != choose_token(None, None)
+
+
+@pytest.mark.parametrize("text", ["", "short", "two words of a token", "schlüssel-schlüssel"])
+def test_a_bad_token_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "token"
+    file.write_text(text)
+    with pytest.raises(InvalidSetting, match="at least 16 ASCII characters"):
+        choose_token(file, None)
+
+
+def test_a_missing_token_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidSetting, match="must be readable"):
+        choose_token(tmp_path / "none", None)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", json.dumps({"url": 3})])
+def test_an_announcement_that_is_none_is_one_clear_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / FILE).write_text(text)
+    with pytest.raises(InvalidSetting, match=r"readable coordinator\.json"):
+        read_announcement(tmp_path)
+
+
+def test_the_coordinator_never_loads_torch() -> None:
+    code = (
+        "import sys, elastic_batch.coordinator.server, elastic_batch.coordinator.app, "
+        "elastic_batch.coordinator_client, elastic_batch.cli.coordinator\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "False"
