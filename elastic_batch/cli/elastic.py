@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from elastic_batch.scaling.machine import (
     visible_gpus,
     worker_settings,
 )
+from elastic_batch.scaling.output import Show
 from elastic_batch.scaling.pool import PoolSettings, Program
 from elastic_batch.scaling.supervisor import SupervisorSettings, supervise
 
@@ -85,7 +86,7 @@ def run_job(
     listening: Listening,
     spares: int = 0,
     on_cpu: bool = False,
-    to_stderr: bool = False,
+    show: Show = click.echo,
 ) -> int:
     """Run a job with its coordinator and workers on this machine; other machines may join.
 
@@ -97,7 +98,7 @@ def run_job(
         listening: Where the coordinator listens.
         spares: Workers that the world has beyond those with micro-batches.
         on_cpu: Whether GPUs do not matter.
-        to_stderr: Whether nothing may go to standard output.
+        show: Takes what there is to see, line by line.
 
     Returns:
         0: complete; 75: stopped, to be resumed; 1: failed.
@@ -126,7 +127,7 @@ def run_job(
         ),
         log_dir=directory / LOGS,
     )
-    return supervise(settings, CoordinatorLink(run_dir=directory), _shower(to_stderr))
+    return supervise(settings, CoordinatorLink(run_dir=directory), _unless_broken(show))
 
 
 def join_job(
@@ -156,7 +157,7 @@ def join_job(
     """
     gpus = visible_gpus(environ)
     require_gpu_each(num_workers, gpus, "--nproc-per-node")
-    named = {URL: url, TOKEN_FILE: token_file and str(token_file.absolute())}
+    named = {URL: url, TOKEN_FILE: None if token_file is None else str(token_file.absolute())}
     variables = {name: value for name, value in named.items() if value is not None}
     directory = run_dir.absolute() if run_dir is not None else None
     slots = [f"{socket.gethostname()}-{index}" for index in range(num_workers)]
@@ -164,7 +165,7 @@ def join_job(
         pool=_pool(program, slots, gpus, {**environ, **variables}, directory), num_workers=num_workers
     )
     link = CoordinatorLink(url=url, token_file=token_file, run_dir=directory)
-    return supervise(settings, link, _shower(to_stderr=False))
+    return supervise(settings, link, _unless_broken(click.echo))
 
 
 def say_how_it_ended(code: int, again: str, run_dir: Path | None) -> None:
@@ -192,10 +193,10 @@ def _pool(
     )
 
 
-def _shower(to_stderr: bool) -> Callable[[str], None]:
-    def show(line: str) -> None:
+def _unless_broken(show: Show) -> Show:
+    def show_on(line: str) -> None:
         # Whoever watched may have seen enough (`| head`); the logs have it all.
         with contextlib.suppress(BrokenPipeError):
-            click.echo(line, err=to_stderr)
+            show(line)
 
-    return show
+    return show_on

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -25,6 +25,11 @@ class Invocation:
         return int(self.environ.get("RANK", self.environ.get("SLURM_PROCID", "0")))
 
     @property
+    def is_elastic(self) -> bool:
+        """Whether this is a worker of an elastic job, which finds its coordinator by the environment."""
+        return not {"ELASTIC_BATCH_COORDINATOR", "ELASTIC_BATCH_RUN_DIR"}.isdisjoint(self.environ)
+
+    @property
     def was_restarted(self) -> bool:
         """Whether torchrun or Slurm started this job again after it had ended early."""
         return any(self.environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
@@ -35,15 +40,33 @@ class Invocation:
         >>> Invocation(["train", "digits", "--resume", "never"], {}).with_options(run_dir="runs/a b", resume="auto")
         "elastic-batch train digits --run-dir 'runs/a b' --resume auto"
         """
-        flags = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+        words = self.words_with(**options)
+        launcher = int(self.environ.get("WORLD_SIZE", "1")) > 1
+        program = ["torchrun", "...", "-m", "elastic_batch"] if launcher else ["elastic-batch"]
+        return shlex.join([*program, *words])
+
+    def words_with(self, without: Collection[str] = (), **options: str) -> list[str]:
+        """The arguments with other values for some options.
+
+        Args:
+            without: Names of options that take a value and are left out.
+            options: Values by name.
+
+        >>> invocation = Invocation(["train", "digits", "--workers=1:4", "--resume", "never"], {})
+        >>> invocation.words_with(["workers"], resume="auto")
+        ['train', 'digits', '--resume', 'auto']
+        """
+        flags = {_flag(name): value for name, value in options.items()}
+        dropped = {*flags, *map(_flag, without)}
         kept: list[str] = []
         words = iter(self.arguments)
         for word in words:
-            if word in flags:
+            if word in dropped:
                 next(words, None)
-            elif word.partition("=")[0] not in flags:
+            elif word.partition("=")[0] not in dropped:
                 kept.append(word)
-        given = [word for pair in flags.items() for word in pair]
-        launcher = int(self.environ.get("WORLD_SIZE", "1")) > 1
-        program = ["torchrun", "...", "-m", "elastic_batch"] if launcher else ["elastic-batch"]
-        return shlex.join([*program, *kept, *given])
+        return kept + [word for pair in flags.items() for word in pair]
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

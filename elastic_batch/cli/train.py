@@ -9,10 +9,12 @@ from typing import Any
 
 import click
 
+from elastic_batch.cli.elastic import Listening, listening_options
 from elastic_batch.cli.invocation import Invocation
 from elastic_batch.cli.main import EXIT_RESUMABLE
 from elastic_batch.cli.options import job_options, read_job
 from elastic_batch.cli.progress import Display, open_display
+from elastic_batch.cli.train_workers import train_on_workers
 from elastic_batch.job import Job
 from elastic_batch.workloads.planning import JobPlan, plan_job
 
@@ -26,6 +28,10 @@ from elastic_batch.workloads.planning import JobPlan, plan_job
 @click.option("--init-from", metavar="FILE", help="Weights that a fresh run starts from.")
 @click.option("--metrics-port", type=int, metavar="P", help="Serve Prometheus metrics there.")
 @click.option("--log", "loggers", multiple=True, metavar="tensorboard|wandb|mlflow", help="Log there too; repeatable.")
+@click.option(
+    "--workers", metavar="MIN:MAX", help="Train on so many worker processes, which come and go as the job asks."
+)
+@listening_options
 @click.option("--json", "as_json", is_flag=True, help="End with a JSON object on standard output.")
 @click.pass_obj
 def command(
@@ -38,9 +44,18 @@ def command(
     loggers: tuple[str, ...],
     as_json: bool,
     strategy: str | None,
+    workers: str | None,
+    host: str,
+    port: int,
+    token_file: str | None,
+    tls_cert: str | None,
+    tls_key: str | None,
     **job_flags: Any,
 ) -> int:
     """Train a job. RECIPE is one of `elastic-batch recipes`, FILE a job file of your own.
+
+    With --workers it is trained like a script of `elastic-batch run`; --host and what belongs to it let workers of
+    other machines join.
 
     Exit codes: 0 trained to the end; 75 stopped early on request, resumable; 2 impossible settings; 1 anything else.
     """
@@ -54,9 +69,13 @@ def command(
     planned = plan_job(job)  # what cannot run fails here, before torch is loaded
     directory = run_dir or str(Path("runs") / (f"{job.name}-{strategy}" if strategy else job.name))
     how_to_resume = resume or ("auto" if invocation.was_restarted else "never")
+    if workers is not None:
+        listening = Listening(host=host, port=port, token_file=token_file, tls_cert=tls_cert, tls_key=tls_key)
+        return train_on_workers(invocation, job, directory, how_to_resume, workers, listening, as_json)
     summary = _train(invocation, planned, directory, how_to_resume, init_from)
-    if invocation.rank == 0:
-        again = invocation.with_options(run_dir=directory, resume="auto")
+    if summary.pop("is_lead"):
+        # Whoever started elastic workers says how to resume.
+        again = None if invocation.is_elastic else invocation.with_options(run_dir=directory, resume="auto")
         _print_end(summary, planned, directory, again, as_json)
     return 0 if summary["finished"] else EXIT_RESUMABLE
 
@@ -65,19 +84,20 @@ def _train(
     invocation: Invocation, planned: JobPlan, directory: str, resume: str, init_from: str | None
 ) -> dict[str, Any]:
     """Train and return the run's summary."""
-    from elastic_batch.telemetry import open_loggers  # loads torch
-    from elastic_batch.workloads.build import build_workload
+    from elastic_batch.workloads.build import build_workload  # loads torch
 
     job, schedule = planned.job, planned.schedule
     display = open_display(invocation.rank, schedule.end, schedule.num_samples)
     with display:
-        loggers = open_loggers(job.loggers, directory, name=job.name, job=job.dump()) if invocation.rank == 0 else []
+        loggers = _loggers(invocation, job, directory)
         workload = build_workload(
             job, environ=invocation.environ, run_dir=directory, resume=resume, init_from=init_from, loggers=loggers
         )
         with workload.trainer as trainer:
             metrics = _run(workload, display)
+            is_lead = trainer.is_lead
     return {
+        "is_lead": is_lead,
         "name": job.name,
         "strategy": job.schedule.strategy,
         "seed": job.seed,
@@ -92,13 +112,26 @@ def _train(
     }
 
 
+def _loggers(invocation: Invocation, job: Job, directory: str) -> list[Any]:
+    """The job's experiment trackers, on the worker that leads; which one that is, changes in an elastic job."""
+    from elastic_batch.telemetry import GuardedLogger, LateLogger, open_loggers
+
+    def open_all() -> list[Any]:
+        return open_loggers(job.loggers, directory, name=job.name, job=job.dump())
+
+    if invocation.is_elastic:
+        return [GuardedLogger("trackers", LateLogger(open_all))] if job.loggers else []
+    return open_all() if invocation.rank == 0 else []
+
+
 def _run(workload: Any, display: Display) -> dict[str, float]:
     """Train to the end, evaluating on the way; give the last evaluation."""
     trainer, job = workload.trainer, workload.job
     interval = _interval(job, trainer.schedule)
     metrics: dict[str, float] = {}
     for update in trainer:
-        display.update(trainer.position, trainer.last_record)
+        if trainer.last_record:  # the lead's alone
+            display.update(trainer.position, trainer.last_record)
         start, stop = update.plan.start, update.plan.stop
         if trainer.finished or (interval is not None and stop // interval > start // interval):
             metrics = workload.evaluate()
@@ -121,7 +154,7 @@ def _interval(job: Job, schedule: Any) -> int | None:
     )
 
 
-def _print_end(summary: dict[str, Any], planned: JobPlan, directory: str, again: str, as_json: bool) -> None:
+def _print_end(summary: dict[str, Any], planned: JobPlan, directory: str, again: str | None, as_json: bool) -> None:
     if as_json:
         # JSON has no word for the loss of a run that diverged.
         metrics = {name: value if math.isfinite(value) else None for name, value in summary["metrics"].items()}
@@ -129,7 +162,8 @@ def _print_end(summary: dict[str, Any], planned: JobPlan, directory: str, again:
         return
     updates, baseline = summary["updates"], summary["baseline_updates"]
     if not summary["finished"]:
-        click.echo(f"Stopped after update {updates} ({summary['reason']}). Resume with:\n  {again}")
+        how = f" Resume with:\n  {again}" if again is not None else ""
+        click.echo(f"Stopped after update {updates} ({summary['reason']}).{how}")
         return
     measured = ", ".join(f"test {name} {value:.4f}" for name, value in summary["metrics"].items())
     click.echo(f"{planned.job.name}, {planned.plan.rule}: {measured or 'trained'}")

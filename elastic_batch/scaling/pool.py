@@ -28,10 +28,12 @@ class Program:
     Args:
         script: A Python file; None: the package's own command line.
         arguments: What follows the program's name.
+        arguments_later: The same for workers that start when the job has made progress already; None: no other.
     """
 
     script: str | None
     arguments: Sequence[str]
+    arguments_later: Sequence[str] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +95,8 @@ class Pool:
         self._show = show
         self._on_exit = on_exit
         self._size = 0
-        self._position = 0
+        self._position: int | None = None
+        self._has_progress = False
         self._lost_nurseries = 0
         self._changed = asyncio.Event()
         self._readers: set[asyncio.Task[None]] = set()
@@ -117,6 +120,7 @@ class Pool:
     def progressed(self, position: int) -> None:
         """The job has committed so many samples."""
         if position != self._position:
+            self._has_progress = self._position is not None
             self._position, self._lost_nurseries = position, 0
 
     def retire(self) -> None:
@@ -170,7 +174,7 @@ class Pool:
         place.busy, place.pid = False, None
         self.codes[slot] = code
         self._on_exit(worker_name(pid, slot))
-        delay = place.restarts.ended(code, self._position)
+        delay = place.restarts.ended(code, self._position or 0)
         if self._size:
             self._judge(place, code, delay)
         elif code > 0 and code != EXIT_STOPPED:
@@ -214,11 +218,13 @@ class Pool:
 
     def _start_worker(self, slot: _Slot) -> None:
         settings = self._settings
+        program = settings.program
+        later = program.arguments_later if self._has_progress else None
         ours, theirs = os.pipe()
         birth = Birth(
             slot=slot.name,
-            script=settings.program.script,
-            arguments=list(settings.program.arguments),
+            script=program.script,
+            arguments=list(program.arguments if later is None else later),
             environ={**settings.slot_environ.get(slot.name, {}), settings.slot_variable: slot.name},
             name_variable=settings.name_variable,
         )

@@ -136,7 +136,7 @@ class Supervisor:
     def _show_world(self, shown: str) -> str:
         status = self._status
         line = f"generation {status.get('generation')}, {len(status.members)} workers: {status.get('reason')}"
-        if line != shown and status.get("phase") == "running":
+        if self._coordinator is None and line != shown and status.get("phase") == "running":
             self._show(line)
             return line
         return shown

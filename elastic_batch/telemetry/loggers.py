@@ -56,6 +56,31 @@ class GuardedLogger:
                 logger.exception("logging to %s failed; training goes on", self._name)
 
 
+class LateLogger:
+    """Loggers that are opened with the first record, for a worker that may never have one to log.
+
+    Args:
+        open_all: Opens them.
+    """
+
+    def __init__(self, open_all: Callable[[], Sequence[Logger]]) -> None:
+        self._open_all = open_all
+        self._opened: Sequence[Logger] | None = None
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Pass the record on."""
+        if self._opened is None:
+            self._opened = ()  # not again, should it fail
+            self._opened = self._open_all()
+        for each in self._opened:
+            each.log(record)
+
+    def close(self) -> None:
+        """Close those that were opened."""
+        for each in self._opened or ():
+            each.close()
+
+
 LOGGERS: dict[str, Callable[[Path, str, Mapping[str, Any]], Logger]] = {
     "tensorboard": TensorBoardLogger,
     "wandb": WandbLogger,

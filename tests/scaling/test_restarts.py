@@ -1,0 +1,33 @@
+"""When a worker is started again."""
+
+from __future__ import annotations
+
+import signal
+
+from elastic_batch.scaling.restarts import EXIT_STOPPED, Restarts
+
+
+def ends(codes: list[int], position: int = 0) -> list[float | None]:
+    slot = Restarts()
+    return [slot.ended(code, position) for code in codes]
+
+
+def test_a_killed_worker_is_replaced_at_once_and_never_given_up() -> None:
+    delays = ends([-signal.SIGKILL] * 20)
+    assert delays[:3] == [0.0, 0.2, 0.4]
+    assert delays[-1] == 5.0
+
+
+def test_a_program_that_fails_four_times_without_progress_has_failed() -> None:
+    assert ends([1, 1, 1, 1])[-1] is None
+    assert ends([-signal.SIGSEGV] * 4)[-1] is None
+
+
+def test_progress_forgives() -> None:
+    slot = Restarts()
+    assert None not in [slot.ended(1, position=position) for position in range(10)]
+
+
+def test_leaving_is_no_failure_but_ending_without_training_is() -> None:
+    assert set(ends([EXIT_STOPPED] * 10)) == {1.0}
+    assert ends([0, 0, 0, 0]) == [1.0, 1.0, 1.0, None]
