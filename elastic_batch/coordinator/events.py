@@ -20,7 +20,8 @@ def hello(state: State, now: float, name: str, slot: str, generation: int = -1, 
         _await_members(state, now)
     world = state.world
     belongs = world is not None and generation == world.generation and name in world.members
-    if belongs and world is not None and world.phase is Phase.RUNNING and not inside(state):
+    is_given_up = belongs and name not in state.workers
+    if is_given_up and world is not None and world.phase is Phase.RUNNING and not inside(state):
         _await_members(state, now)
     known = state.workers.get(name)
     if world is None or not belongs or known is None or known.generation != generation:
@@ -29,8 +30,8 @@ def hello(state: State, now: float, name: str, slot: str, generation: int = -1, 
         return generation < 0
     known.slot, known.connected, known.heard_at, known.ready = slot, True, now, False
     if world.phase is Phase.RUNNING:
-        world.regroup = None  # it may not have heard of it
-    if all(worker.connected for worker in inside(state)):
+        world.regroup, known.has_trained = None, True  # it may not have heard that it was asked
+    if world.recovered and all(worker.connected for worker in inside(state)):
         world.recovered = False
     return world.phase is not Phase.ENDING
 
@@ -59,7 +60,8 @@ def ready(state: State, now: float, name: str, *, after: int, broken: bool, num_
         worker.generation = -1  # it waits after a world that is not the newest: like a new one
     elif world is not None and world.generation == after and not broken and world.boundary_since is None:
         world.boundary_since = now
-    if is_inside(state, name) or (world is None and not state.num_micro_batches):
+    # Others do not know how far the job is.
+    if (worker.has_trained and is_inside(state, name)) or (world is None and not state.num_micro_batches):
         state.num_micro_batches = num_micro_batches
 
 

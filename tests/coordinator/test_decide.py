@@ -1,0 +1,448 @@
+"""Each decision and its reason, by a clock that is turned by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from support.membership import Service, running
+
+from elastic_batch.coordinator import events
+from elastic_batch.coordinator.decide import AskRegroup, EndWorld, Evict, FormWorld, desired_workers, worker_state
+from elastic_batch.coordinator.state import MembershipConfig, Phase, State, Worker, World
+
+FOUR = MembershipConfig(min_workers=1, max_workers=4)
+
+
+def recovered(*names: str, generation: int = 5, config: MembershipConfig = FOUR) -> Service:
+    """A coordinator that was started again; its journal knows a world."""
+    service = Service(config, State(generation=generation))
+    service.state.world = World(generation, names, Phase.RUNNING, service.now, recovered=True)
+    for name in names:
+        service.state.workers[name] = Worker(name, name, False, disconnected_at=service.now, generation=generation)
+    return service
+
+
+def back(service: Service, *names: str) -> bool:
+    """Members of the newest world connect again. Returns whether the last one's world goes on."""
+    goes_on = False
+    for name in names:
+        goes_on = events.hello(service.state, service.now, name, name, service.world.generation, service.world.members)
+    return goes_on
+
+
+def test_a_world_starts_when_the_least_number_of_workers_is_ready() -> None:
+    service = Service(MembershipConfig(min_workers=2, max_workers=4))
+    assert service.settle() == []
+    assert service.reason == "0 of at least 2 workers are ready"
+    assert service.join("a") == []
+    assert service.reason == "1 of at least 2 workers are ready"
+    assert service.join("b") == [FormWorld(("a", "b"), "2 workers: a, b joined")]
+    assert service.reason == "generation 1 forms"
+    service.enter("a")
+    assert not service.runs
+    service.enter("b")
+    assert service.runs == ("a", "b")
+    assert service.reason == "generation 1 trains"
+
+
+def test_a_joiner_is_taken_in_at_a_boundary_after_those_that_are_there() -> None:
+    service = running("b", "c", config=FOUR)
+    assert service.join("a") == [AskRegroup("worker a joins")]
+    assert service.reason == "worker a joins"
+    service.ready("b")
+    assert service.settle() == []
+    assert service.reason.endswith("is left at a boundary")
+    assert service.all_ready()[-1] == FormWorld(("b", "c", "a"), "3 workers: a joined")
+
+
+def test_nobody_joins_a_world_that_has_a_worker_for_each_micro_batch_and_its_spares() -> None:
+    service = running("a", "b", micro_batches=2, config=MembershipConfig(min_workers=2, max_workers=4))
+    assert service.join("c") == []
+    assert worker_state(service.now, service.state, service.state.workers["c"]) == "standby"
+    service.config = replace(service.config, spares=1)
+    assert desired_workers(service.state, service.config) == 3
+    assert service.settle() == [AskRegroup("worker c joins")]
+    service.all_ready(micro_batches=2)
+    service.enter()
+    states = [worker_state(service.now, service.state, service.state.workers[name]) for name in "abc"]
+    assert states == ["active", "active", "spare"]
+
+
+def test_the_world_grows_and_shrinks_with_the_micro_batches_that_its_workers_report() -> None:
+    service = running("a", micro_batches=1, config=FOUR)
+    assert service.join("b", micro_batches=1) == []
+    service.beat("a", update=7, micro_batches=2)
+    assert service.settle() == [AskRegroup("worker b joins")]
+    service.all_ready(micro_batches=2)
+    service.enter()
+    assert service.runs == ("a", "b")
+    service.beat("a", update=9, micro_batches=1)
+    service.beat("b", update=8, micro_batches=2)  # late: it is about an update before
+    assert service.settle() == [AskRegroup("1 workers suffice for 1 micro-batches")]
+    assert service.all_ready(micro_batches=1) == [FormWorld(("a",), "1 workers: b gone")]
+
+
+def test_a_newcomer_that_does_not_know_how_far_the_job_is_changes_nothing() -> None:
+    service = running("a", "b", config=FOUR)
+    service.join("c", micro_batches=1)
+    service.all_ready()
+    service.beat("c", "sync", update=0, micro_batches=1)
+    assert service.state.num_micro_batches == 8
+    service.ready("a", broken=True)
+    service.ready("c", broken=True, micro_batches=1)
+    service.ready("b", broken=True)
+    assert service.state.num_micro_batches == 8
+
+
+def test_a_lost_worker_ends_the_world_and_the_survivors_form_the_next_in_rank_order_before_joiners() -> None:
+    service = running("c", "b", "a", config=MembershipConfig(min_workers=1, max_workers=3))
+    service.join("d")
+    assert service.disconnect("b") == []
+    assert service.after(0.03) == [
+        Evict("b", "worker b was lost: its connection ended"),
+        EndWorld("worker b was lost"),
+    ]
+    assert service.reason == "2 workers come out of generation 1"
+    service.ready("a", broken=True)
+    assert service.settle() == []
+    service.ready("c", broken=True)
+    assert service.settle() == [FormWorld(("c", "a", "d"), "3 workers: d joined; b gone")]
+
+
+def test_a_worker_that_finds_the_world_broken_ends_it_for_all() -> None:
+    service = running("a", "b")
+    service.ready("a", broken=True)
+    assert service.settle() == [EndWorld("worker a found the world broken")]
+    assert service.all_ready(broken=True) == [FormWorld(("a", "b"), "2 workers: the same as before")]
+
+
+def test_a_broken_connection_that_is_back_within_the_settling_time_changes_nothing() -> None:
+    service = running("a", "b")
+    service.disconnect("b")
+    service.after(0.01)
+    assert back(service, "b")
+    assert service.after(5) == []
+    assert service.runs == ("a", "b")
+
+
+def test_a_silent_worker_is_evicted_after_the_bound() -> None:
+    service = running("a", "b", config=MembershipConfig(min_workers=2, max_workers=2))
+    for _ in range(3):
+        service.now += 1
+        service.beat("a")
+        assert service.settle() == []
+    service.now += 0.1
+    assert service.settle()[0] == Evict("b", "worker b was silent for 3 s")
+
+
+def test_silence_while_the_coordinator_itself_was_held_up_evicts_nobody() -> None:
+    service = running("a", "b")
+    service.beat("a", "reduce")
+    service.now += 100
+    events.woke_late(service.state, service.now)
+    assert service.settle() == []
+    assert service.after(3.1, beats=False)[0] == Evict("a", "worker a was silent for 3 s")
+
+
+def test_when_most_connections_break_at_once_they_are_waited_for() -> None:
+    service = running("a", "b", "c")
+    service.disconnect("a", "b")
+    assert service.after(4.9) == []
+    assert back(service, "a", "b")
+    assert service.after(1) == []
+    service.disconnect("a", "b")
+    assert [type(decision) for decision in service.after(5)] == [Evict, Evict, EndWorld]
+
+
+def test_a_restarted_coordinator_adopts_the_world_that_reconnects() -> None:
+    service = recovered("a", "b", "c")
+    service.join("z")  # does not lead to a regroup that nobody would hear of
+    assert back(service, "b")
+    assert service.after(4) == []
+    assert back(service, "a", "c")
+    assert not service.world.recovered
+    service.beat("a", micro_batches=3)
+    assert service.settle() == []
+    assert (service.world.generation, service.runs) == (5, ("a", "b", "c"))
+
+
+def test_members_that_do_not_come_back_after_a_restart_are_given_up() -> None:
+    service = recovered("a", "b")
+    assert back(service, "a")
+    assert service.after(5) == [
+        Evict("b", "worker b was lost: its connection ended"),
+        EndWorld("worker b was lost"),
+    ]
+    assert isinstance(service.all_ready(broken=True)[0], FormWorld)
+    assert service.world.generation == 6
+
+
+@pytest.mark.parametrize("generation", [0, 5], ids=["nothing is known", "only the number is known"])
+def test_without_a_journal_the_world_is_taken_over_from_what_a_worker_reports(generation: int) -> None:
+    service = Service(FOUR, State(generation=generation))
+    assert events.hello(service.state, service.now, "b", "b", 5, ("a", "b"))
+    assert events.hello(service.state, service.now, "a", "a", 5, ("a", "b"))
+    assert service.after(30) == []
+    assert (service.world.generation, service.runs) == (5, ("a", "b"))
+
+
+def test_a_worker_that_is_still_in_an_older_world_when_a_newer_one_shows_up_is_sent_away() -> None:
+    service = Service(FOUR)
+    assert events.hello(service.state, service.now, "a", "a", 5, ("a", "c"))
+    assert events.hello(service.state, service.now, "b", "b", 6, ("b",))
+    assert Evict("a", "worker a is still in generation 5") in service.after(0.1)
+    assert not events.hello(service.state, service.now, "a", "a", 5, ("a", "c"))
+    assert service.runs == ("b",)
+
+
+def test_a_stale_worker_has_to_leave_its_world_and_joins_like_a_new_one() -> None:
+    service = running("a", config=FOUR)
+    service.disconnect("a")
+    service.after(0.1)
+    service.join("b")
+    assert service.after(60) == [FormWorld(("b",), "1 workers: b joined; a gone")]
+    service.enter()
+    assert not events.hello(service.state, service.now, "a", "a", 1, ("a",))
+    service.ready("a", after=1, broken=True, micro_batches=1)
+    assert service.settle() == [AskRegroup("worker a joins")]
+    assert service.state.num_micro_batches == 8
+    assert service.all_ready()[-1] == FormWorld(("b", "a"), "2 workers: a joined")
+
+
+def test_a_world_out_of_sight_is_waited_for_before_another_one_starts_without_its_workers() -> None:
+    service = running("a", "b", config=FOUR)
+    service.disconnect("a", "b")
+    service.after(5)
+    service.join("c")
+    assert "out of sight" in service.reason
+    assert service.after(59.9) == []
+    assert service.after(0.2) == [FormWorld(("c",), "1 workers: c joined; a, b gone")]
+
+
+def test_a_world_that_comes_back_into_sight_goes_on_in_the_same_generation() -> None:
+    service = running("a", "b", config=MembershipConfig(min_workers=2, max_workers=2))
+    service.disconnect("a", "b")
+    service.after(5)
+    service.after(120)
+    assert back(service, "b")
+    assert service.after(3) == []
+    assert back(service, "a")
+    assert service.after(30) == []
+    assert (service.world.generation, service.runs) == (1, ("a", "b"))
+    assert service.state.orphaned_at is None
+
+
+def test_no_one_is_waited_for_whose_process_was_seen_to_exit() -> None:
+    service = running("a", "b", config=FOUR)
+    service.join("c")
+    service.disconnect("a")
+    service.exit("a")
+    assert service.exit("b") == [FormWorld(("c",), "1 workers: c joined; a, b gone")]
+
+
+def test_neither_is_one_that_left_while_the_others_exited() -> None:
+    service = running("a", "b", config=FOUR)
+    events.left(service.state, service.now, "a")
+    assert service.exit("b") == []
+    assert service.join("c") == [FormWorld(("c",), "1 workers: c joined; a, b gone")]
+
+
+def test_exits_of_strangers_are_not_kept() -> None:
+    service = running("a")
+    service.exit("nobody")
+    assert service.world.certainly_gone == set()
+
+
+def test_a_member_that_is_back_outside_its_world_needs_no_wait() -> None:
+    service = running("a", "b", config=FOUR)
+    service.disconnect("b")
+    service.after(0.1)
+    service.after(11)  # a does not come out either
+    assert [type(decision) for decision in service.taken[-2:]] == [EndWorld, Evict]
+    assert not back(service, "a")
+    assert service.settle() == []  # time to say that it is ready
+    service.ready("a", broken=True)
+    assert service.settle() == [FormWorld(("a",), "1 workers: b gone")]
+
+
+def test_one_that_leaves_in_good_order_ends_nothing() -> None:
+    service = running("a", "b", config=FOUR)
+    events.leaving(service.state, "b")
+    assert service.settle() == [AskRegroup("worker b leaves")]
+    assert worker_state(service.now, service.state, service.state.workers["b"]) == "draining"
+    service.ready("a")
+    assert service.settle() == []
+    events.left(service.state, service.now, "b")
+    assert service.settle() == [FormWorld(("a",), "1 workers: b gone")]
+    assert service.state.crashes == {}
+
+
+def test_the_last_one_that_leaves_is_waited_for_before_others_start() -> None:
+    service = running("a", config=FOUR)
+    service.join("c")
+    service.ready("a")
+    events.leaving(service.state, "a")
+    assert service.settle() == []
+    events.left(service.state, service.now, "a")
+    assert service.settle() == [FormWorld(("c",), "1 workers: c joined; a gone")]
+
+
+def test_one_that_leaves_but_never_says_goodbye_is_given_up() -> None:
+    service = running("a", "b", config=FOUR)
+    events.leaving(service.state, "b")
+    service.all_ready()
+    assert service.after(10.1) == [EndWorld("a worker did not come to the boundary that the others left at")]
+    assert service.after(10.1)[0] == Evict("b", "worker b did not come out of the world within 10 s")
+    assert service.world.members == ("a",)
+
+
+def test_a_worker_whose_connection_breaks_at_the_boundary_is_not_overlooked() -> None:
+    service = running("a", config=FOUR)
+    service.join("b")
+    service.ready("a")
+    events.disconnected(service.state, service.now, "a")
+    assert service.settle() == []  # b alone would lack the state
+    back(service, "a")
+    service.ready("a")
+    assert service.settle() == [FormWorld(("a", "b"), "2 workers: b joined")]
+
+
+def test_a_worker_that_does_not_come_out_of_a_world_is_evicted() -> None:
+    service = running("a", "b")
+    service.ready("a", broken=True)
+    service.settle()
+    assert service.after(10) == []
+    assert service.after(0.1)[0] == Evict("b", "worker b did not come out of the world within 10 s")
+
+
+def test_a_world_that_does_not_form_is_over_and_only_those_that_hang_are_evicted() -> None:
+    service = Service(MembershipConfig(min_workers=2, max_workers=2))
+    service.join("a", "b")
+    assert service.after(30) == []
+    assert service.after(0.1) == [EndWorld("worker a did not enter generation 1 within 30 s")]
+    service.ready("a", broken=True)
+    assert service.after(10.1)[0] == Evict("b", "worker b did not come out of the world within 10 s")
+
+
+def test_a_worker_that_reconnects_while_its_world_forms_stays_in_it() -> None:
+    service = Service(MembershipConfig(min_workers=2, max_workers=2))
+    service.join("a", "b")
+    service.disconnect("b")
+    assert back(service, "b")
+    assert service.settle() == []
+    assert service.enter() == []
+    assert service.runs == ("a", "b")
+
+
+def test_a_worker_that_lost_the_order_to_form_ends_the_forming() -> None:
+    service = Service(MembershipConfig(min_workers=2, max_workers=2))
+    service.join("a", "b")
+    assert events.hello(service.state, service.now, "b", "b")
+    assert service.settle() == [EndWorld("worker b was lost")]
+    service.ready("b", after=-1)
+    assert service.settle() == []
+    assert service.all_ready(broken=True) == [FormWorld(("a", "b"), "2 workers: the same as before")]
+
+
+def test_a_worker_that_leaves_while_the_world_forms_ends_the_forming() -> None:
+    service = Service(MembershipConfig(min_workers=2, max_workers=2))
+    service.join("a", "b")
+    events.left(service.state, service.now, "b")
+    assert service.settle() == [EndWorld("a worker left while the world formed")]
+
+
+def test_a_crash_loop_cools_down_and_comes_back_each_time_later() -> None:
+    service = running("a", config=FOUR)
+    for name in ("x1", "x2", "x3"):
+        service.join(name, slot="x")
+        service.exit(name)
+    service.world.regroup = None
+    assert service.join("x4", slot="x") == []
+    assert worker_state(service.now, service.state, service.state.workers["x4"]) == "cooling down"
+    assert service.after(29.9) == []
+    assert service.after(0.2) == [AskRegroup("worker x4 joins")]
+    service.exit("x4")
+    for name in ("x5", "x6"):
+        service.join(name, slot="x")
+        service.exit(name)
+    service.world.regroup = None
+    assert service.join("x7", slot="x") == []
+    assert service.after(59) == []
+    assert service.after(2) == [AskRegroup("worker x7 joins")]
+
+
+def test_losses_far_apart_do_not_cool_a_slot_down() -> None:
+    service = running("a", config=FOUR)
+    for name in ("x1", "x2", "x3", "x4"):
+        service.join(name, slot="x")
+        service.exit(name)
+        service.after(31)
+    assert service.state.cooling == {}
+
+
+def test_a_newcomer_that_no_world_can_be_formed_with_is_held_off_for_a_while() -> None:
+    service = running("a", config=FOUR)
+    service.join("bad")
+    service.all_ready()
+    for _ in range(3):
+        assert service.world.members == ("a", "bad")
+        service.ready("a", broken=True)
+        service.settle()
+        service.ready("bad", broken=True)
+        service.settle()
+    assert service.world.members == ("a",)
+    service.enter()
+    assert service.after(29) == []
+    assert service.after(2) == [AskRegroup("worker bad joins")]
+
+
+def test_a_worker_that_all_others_wait_for_is_stalled() -> None:
+    service = running("a", "b", "c")
+    for name, stage in (("a", "reduce"), ("b", "compute"), ("c", "reduce")):
+        service.beat(name, stage)
+    assert service.after(30) == []
+    assert service.after(0.1)[0] == Evict("b", "worker b stalled: others wait for its compute for 30 s")
+
+
+def test_two_that_stall_together_are_evicted_too() -> None:
+    service = running("a", "b", "c", config=FOUR)
+    service.beat("a", "reduce")
+    assert [d.worker for d in service.after(30.1) if isinstance(d, Evict)] == ["b"]
+    service.ready("a", broken=True)
+    assert [d.worker for d in service.after(10.1) if isinstance(d, Evict)] == ["c"]
+    assert service.world.members == ("a",)
+
+
+def test_a_stage_that_announced_itself_or_a_slow_job_is_no_stall() -> None:
+    service = running("a", "b")
+    service.beat("a", "reduce")
+    service.beat("b", "compute", busy=100)
+    assert service.after(90) == []
+    service.beat("b", "compute")
+    service.state.median_update = 20
+    assert service.after(100) == []
+    assert isinstance(service.after(11)[0], Evict)
+
+
+def test_all_asleep_in_their_own_code_are_left_alone() -> None:
+    service = running("a", "b")
+    service.beat("a", "user")
+    service.beat("b", "user")
+    assert service.after(1000) == []
+
+
+def test_a_request_to_regroup_that_a_worker_may_have_missed_is_made_again() -> None:
+    service = running("a", config=FOUR)
+    service.join("b")
+    service.disconnect("a")
+    assert back(service, "a")
+    assert service.settle() == [AskRegroup("worker b joins")]
+
+
+def test_after_the_end_nothing_is_formed() -> None:
+    service = running("a", config=FOUR)
+    service.state.ended = "the job is complete"
+    assert service.join("b") == []
+    assert service.reason == "the job is complete"
+    assert service.exit("a") == []
