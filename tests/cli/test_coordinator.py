@@ -70,7 +70,7 @@ def test_a_stopped_run_ends_it_with_75(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_world_survives_the_end_of_its_coordinator(tmp_path: Path, number: signal.Signals) -> None:
-    async def form() -> tuple[Form, str]:
+    async def form_world() -> tuple[Form, str]:
         async with connected(tmp_path, "a") as a:
             await a.ready()
             form = await a.enter()
@@ -87,7 +87,7 @@ def test_a_world_survives_the_end_of_its_coordinator(tmp_path: Path, number: sig
                     await a.hear(Abort)
 
     with coordinator(tmp_path, "--eviction-seconds", "60") as process:
-        form, run_id = asyncio.run(form())
+        form, run_id = asyncio.run(form_world())
         assert process.wait(_PATIENCE_SECONDS) == (143 if number == signal.SIGTERM else -9)
     with coordinator(tmp_path, "--eviction-seconds", "60"):
         asyncio.run(return_to_it())
