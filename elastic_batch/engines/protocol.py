@@ -89,6 +89,9 @@ class Wishes:
 class Membership(Protocol):
     """Where worlds come from: a fixed one, or a coordinator's session for elastic jobs."""
 
+    is_elastic: bool
+    """Whether a world may be joined that trains already: everything slow should then be done before."""
+
     def first(self, standing: Standing, job: Mapping[str, Any]) -> Engine:
         """Block until this worker is in a world.
 
@@ -127,6 +130,8 @@ class Membership(Protocol):
 
 class FixedWorld:
     """The membership of a job whose workers are given once: when one is lost, the job ends."""
+
+    is_elastic = False
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

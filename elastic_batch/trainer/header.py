@@ -138,6 +138,8 @@ class Tally:
 
     def _numbers(self, numbers: Sequence[Tensor | float]) -> Tensor:
         """One vector of numbers from the host and from the device, which is not waited for."""
+        if self._zero.device.type == "cpu":
+            return self._zero.new_tensor([float(number) for number in numbers])
         vector = self._zero.new_tensor([0 if isinstance(number, Tensor) else number for number in numbers])
         for place, number in enumerate(numbers):
             if isinstance(number, Tensor):

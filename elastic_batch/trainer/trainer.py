@@ -31,6 +31,7 @@ from elastic_batch.trainer.loop import UpdateLoop
 from elastic_batch.trainer.machinery import Machinery
 from elastic_batch.trainer.options import TrainerOptions
 from elastic_batch.trainer.passes import LossFn, settle_width
+from elastic_batch.trainer.plan import forecast
 from elastic_batch.trainer.precision import LossScaler, autocast
 from elastic_batch.trainer.progress import Progress
 from elastic_batch.trainer.recorder import Recorder
@@ -261,11 +262,16 @@ class Trainer:
             self._membership,
             self._device,
             self.options,
+            self.schedule,
             self._state,
             self._progress,
             self._recorder,
             self._standing,
         )
+        source = open_training_source(self._train_set, self.options, self._device)
+        if self._membership.is_elastic:
+            # Data processes start now, while nobody waits for this worker; they outlive what they are told to load.
+            source.start(forecast(self.schedule, 0, rank=0, size=1, width=1))
         machinery = Machinery(
             model=self._plain_model,
             device=self._device,
@@ -274,7 +280,7 @@ class Trainer:
             max_grad_norm=self.options.max_grad_norm,
             on_non_finite=self.options.on_non_finite,
             engine=worlds.first(),
-            source=open_training_source(self._train_set, self.options, self._device),
+            source=source,
             buckets=GradientBuckets(self._optimizer.parameters),
             tally=Tally(self._device),
             statistics=RunningStatistics(self._plain_model),

@@ -12,9 +12,11 @@ from elastic_batch.checkpoint import Checkpoint
 from elastic_batch.engines import Engine, Membership, Standing
 from elastic_batch.errors import ElasticBatchError, NoNextWorld, WorkerFailed, WorldBroken
 from elastic_batch.failpoints import reach
+from elastic_batch.schedule import Schedule
 from elastic_batch.trainer.failures import exchange, judge, texts
 from elastic_batch.trainer.handover import NOWHERE, Muster, hand_over, muster
 from elastic_batch.trainer.options import TrainerOptions
+from elastic_batch.trainer.plan import plan_update
 from elastic_batch.trainer.progress import Progress
 from elastic_batch.trainer.recorder import Recorder
 from elastic_batch.trainer.saving import SavedState, find_checkpoint
@@ -29,6 +31,7 @@ class Worlds:
         membership: Where worlds come from.
         device: Where the model lives.
         options: Where a run is resumed from.
+        schedule: The run's.
         state: What workers hand to each other.
         progress: How far this worker is.
         recorder: The lead worker's records; opened and closed here, as the lead changes.
@@ -40,6 +43,7 @@ class Worlds:
         membership: Membership,
         device: torch.device,
         options: TrainerOptions,
+        schedule: Schedule,
         state: SavedState,
         progress: Progress,
         recorder: Recorder,
@@ -48,6 +52,7 @@ class Worlds:
         self._membership = membership
         self._device = device
         self._options = options
+        self._schedule = schedule
         self._state = state
         self._progress = progress
         self._recorder = recorder
@@ -60,7 +65,7 @@ class Worlds:
             ElasticBatchError: The run directory or the checkpoint cannot be used.
             WorldBroken: The other workers did not come.
         """
-        self._standing.stage = "wait"
+        self._look_ahead()
         return self._enter(self._membership.first(self._standing, self._recorder.fingerprint))[0]
 
     def next(self, ended: Engine, *, broken: bool, evaluating: bool = False) -> tuple[Engine, bool]:
@@ -110,8 +115,17 @@ class Worlds:
             self._take_over(engine, found)
         self._attempt(engine, lambda: self._recorder.enter(engine.generation, is_lead, self._progress, is_new=is_new))
         reach("sync.done")
+        self._look_ahead()
         self._membership.entered(engine)
         return found.evaluating == engine.size
+
+    def _look_ahead(self) -> None:
+        """Note how many workers the next update can use."""
+        progress, schedule = self._progress, self._schedule
+        if progress.position < schedule.end:
+            plan = plan_update(schedule, progress.num_updates, progress.position)
+            self._standing.num_micro_batches = plan.num_micro_batches
+        self._standing.update, self._standing.position = progress.num_updates, progress.position
 
     def _attempt(self, engine: Engine, action: Callable[[], None]) -> None:
         """Do something that may fail on some worker; all raise what one of them meets. A collective."""

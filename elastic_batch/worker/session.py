@@ -56,6 +56,8 @@ class Session:
         device: Where the model lives.
     """
 
+    is_elastic = True
+
     def __init__(self, credentials: Credentials, device: torch.device) -> None:
         self._device = device
         self._standing = Standing()
@@ -63,6 +65,7 @@ class Session:
         self._engine: Engine | Formation | None = None
         self._generation = -1
         self._members: tuple[str, ...] = ()
+        self._entered = -1
         self._ready: Ready | None = None  # while this worker waits for a world
         self._form: Form | None = None
         self._over = -1  # the newest generation known to be over
@@ -88,6 +91,8 @@ class Session:
         return self._await_world(broken=broken)
 
     def entered(self, engine: Engine) -> None:
+        with self._changed:
+            self._entered = engine.generation
         self._connection.send(Entered(generation=engine.generation))
 
     def wishes(self) -> Wishes:
@@ -126,7 +131,7 @@ class Session:
             said: list[Ready | Leaving | Entered] = [Leaving()] if self._leaves is not None else []
             if self._ready is not None:
                 said.append(self._ready)
-            elif self._generation >= 0:
+            elif self._entered == self._generation >= 0:
                 said.append(Entered(generation=self._generation))
             return said
 

@@ -68,6 +68,8 @@ class RecoveringMembership:
         first: The world that will break.
     """
 
+    is_elastic = False
+
     def __init__(self, first: FailingEngine) -> None:
         self._first = first
         self.num_worlds = 1
