@@ -126,30 +126,40 @@ class GradientBuckets:
             slot.parameter.grad = None
 
     def _make_hook(self, slot: _Slot) -> Callable[[Tensor], None]:
+        view = slot.view if slot.is_view else None
+        bucket = slot.bucket
+
+        # Runs for each parameter in each backward: the usual case makes no further calls.
         def on_gradient(parameter: Tensor) -> None:
-            if not self._accepting:
-                parameter.grad = None
-                raise MisusedTrainer(
-                    "loss.backward() was called directly; call update.backward(loss), which weighs the micro-batch and "
-                    "reduces over the workers"
-                )
-            if slot.is_view:
-                if parameter.grad is not slot.view:
-                    raise MisusedTrainer(
-                        "a parameter's .grad was replaced during an update; remove optimizer.zero_grad() and other "
-                        "code that sets gradients: the trainer clears them"
-                    )
-            elif parameter.grad is not None:
-                slot.view.add_(parameter.grad)
-                parameter.grad = None
+            if view is None or parameter.grad is not view or not self._accepting:
+                self._take(slot, parameter)
             slot.seen = True
             if self._engine is not None:
-                self._count_down(slot.bucket, self._engine)
+                bucket.missing -= 1
+                if bucket.missing <= 0:
+                    self._launch_full(bucket, self._engine)
 
         return on_gradient
 
-    def _count_down(self, bucket: _Bucket, engine: Engine) -> None:
-        bucket.missing -= 1
+    def _take(self, slot: _Slot, parameter: Tensor) -> None:
+        """Add a gradient that is not in its bucket yet; refuse one that should not be there."""
+        if not self._accepting:
+            parameter.grad = None
+            raise MisusedTrainer(
+                "loss.backward() was called directly; call update.backward(loss), which weighs the micro-batch and "
+                "reduces over the workers"
+            )
+        if slot.is_view:
+            raise MisusedTrainer(
+                "a parameter's .grad was replaced during an update; remove optimizer.zero_grad() and other "
+                "code that sets gradients: the trainer clears them"
+            )
+        if parameter.grad is not None:
+            slot.view.add_(parameter.grad)
+            parameter.grad = None
+
+    def _launch_full(self, bucket: _Bucket, engine: Engine) -> None:
+        """Launch what can be, now that a bucket is full."""
         if bucket.missing < 0:
             raise MisusedTrainer(
                 "a parameter got a gradient twice in one backward; use activation checkpointing with "
