@@ -1,0 +1,148 @@
+"""One machine's part in a job: from the start to the end of everything that it started."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support import supervision
+from support.supervision import FakeLink, is_alive, supervisor_settings, write_script
+
+from elastic_batch.scaling.supervisor import Supervisor, SupervisorSettings, supervise
+
+SLEEP = "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(100)\n"
+LEAVES_WHEN_TOLD = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+print(os.getpid(), flush=True)
+time.sleep(100)
+"""
+
+
+def start(script: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, supervision.__file__, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+
+
+def wait_for_pids(process: subprocess.Popen[str]) -> list[int]:
+    assert process.stdout is not None
+    return [int(process.stdout.readline().split()[1]) for _ in range(2)]
+
+
+def wait_until_gone(pids: list[int], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < deadline, "a process is left"
+        time.sleep(0.01)
+
+
+def test_nothing_is_left_when_the_supervisor_is_killed(tmp_path: Path) -> None:
+    with start(write_script(tmp_path, SLEEP)) as process:
+        pids = wait_for_pids(process)
+        nursery = int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1])
+        process.kill()
+        wait_until_gone([*pids, nursery], 2.0)
+
+
+def test_the_first_signal_stops_with_75_and_the_second_kills(tmp_path: Path) -> None:
+    with start(write_script(tmp_path, LEAVES_WHEN_TOLD)) as process:
+        wait_for_pids(process)
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert "SIGTERM: stopping after the update under way, with a checkpoint; once more to kill" in out
+    deaf = LEAVES_WHEN_TOLD.replace("lambda *_: sys.exit(75)", "signal.SIG_IGN")
+    with start(write_script(tmp_path, deaf)) as process:
+        pids = wait_for_pids(process)
+        process.send_signal(signal.SIGINT)
+        assert process.stdout is not None
+        assert "SIGINT: stopping" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+    assert process.returncode == 130
+    wait_until_gone(pids, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "code"),
+    [(("recipes",), 0), (("plan", "no-such-recipe"), 2)],
+    ids=["it says complete", "it refuses its settings"],
+)
+def test_the_coordinators_last_word_is_the_jobs(coordinator: tuple[str, ...], code: int, tmp_path: Path) -> None:
+    shown: list[str] = []
+    settings = supervisor_settings(write_script(tmp_path, SLEEP), coordinator)
+    assert supervise(settings, FakeLink({}), shown.append) == code
+    assert any(line.startswith("[coordinator] ") for line in shown)
+    assert (tmp_path / "logs" / "coordinator.log").stat().st_size
+
+
+def test_a_worker_of_the_last_world_ends_in_its_own_time_and_its_failure_counts(tmp_path: Path) -> None:
+    script = write_script(tmp_path, "import sys, time\ntime.sleep(4)\nprint('saved')\nsys.exit(3)\n")
+    shown: list[str] = []
+    link = FakeLink({"workers": []})
+    settings = supervisor_settings(script, ("recipes",))
+
+    async def run() -> int:
+        supervisor = Supervisor(settings, link, shown.append)
+        working = asyncio.ensure_future(supervisor.run())
+        while not (workers := supervisor._pool.workers):
+            await asyncio.sleep(0.01)
+        link.now = {"workers": [{"name": sorted(workers)[0], "state": "active"}], "ended": "the job is complete"}
+        return await working
+
+    assert asyncio.run(run()) == 1
+    assert "[local-0] saved" in shown
+    assert "[local-1] saved" not in shown, "it was outside the world, and told to end"
+    assert "training is over, but local-0 ended with exit code 3" in shown
+
+
+def test_more_workers_are_started_when_more_are_wanted_and_one_is_kept_warm(tmp_path: Path) -> None:
+    link = FakeLink({"desired_workers": 1})
+    base = supervisor_settings(write_script(tmp_path, SLEEP))
+    settings = SupervisorSettings(
+        pool=supervision.pool_settings(tmp_path / "script.py", 4), num_workers=1, warm=1, follows_demand=True
+    )
+    assert base.warm == 0
+
+    async def run() -> list[int]:
+        supervisor = Supervisor(settings, link, lambda _: None)
+        working = asyncio.ensure_future(supervisor.run())
+        found = []
+        for wanted, expected in ((1, 2), (2, 3), (4, 4)):
+            link.now = {"desired_workers": wanted}
+            while len(supervisor._pool.workers) < expected:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.3)
+            found.append(len(supervisor._pool.workers))
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await working == 75
+        return found
+
+    assert asyncio.run(asyncio.wait_for(run(), 30)) == [2, 3, 4]
+    assert sum(line.startswith("exited ") for line in link.told) >= 1
+
+
+def test_a_failing_program_ends_the_job_with_1_and_says_what_it_printed(tmp_path: Path) -> None:
+    shown: list[str] = []
+    script = write_script(tmp_path, "raise ValueError('bad luck')\n")
+    assert supervise(supervisor_settings(script), FakeLink(), shown.append) == 1
+    report = next(line for line in shown if "nothing was trained meanwhile" in line)
+    assert "ValueError: bad luck" in report
+
+
+def test_where_the_coordinator_is_elsewhere_the_part_ends_with_the_job(tmp_path: Path) -> None:
+    link = FakeLink({"ended": "the job is complete"})
+    assert supervise(supervisor_settings(write_script(tmp_path, "pass\n")), link, lambda _: None) == 0
+    script = write_script(tmp_path, "import sys\nsys.exit(75)\n")
+    assert supervise(supervisor_settings(script), FakeLink({"ended": "stopped: SIGINT"}), lambda _: None) == 75
