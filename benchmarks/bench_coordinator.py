@@ -7,108 +7,168 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+from base64 import b64encode
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
-from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed
 
 from elastic_batch.coordinator.announcement import Announcement, read_announcement
 from elastic_batch.coordinator.listening import allow_many_connections
-from elastic_batch.protocol import MAX_MESSAGE_BYTES, PATH, Beat, Entered, Hello, Ready
+from elastic_batch.protocol import PATH, Beat, Entered, Hello, Message, Ready
 from elastic_batch.version import VERSION
 
 _PATIENCE_SECONDS = 120.0
 _CONNECTING_AT_ONCE = 100
 
 
+class Voice(asyncio.Protocol):
+    """One worker's connection, as cheap as can be: it reads no more of a message than its kind."""
+
+    def __init__(self, crowd: Crowd, name: str) -> None:
+        self._crowd, self._name = crowd, name
+        self._unread = b""
+        self._to_skip = 0
+        self._kind = ""
+        self._is_open = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        transport.write(self._crowd.handshake)
+
+    def data_received(self, data: bytes) -> None:
+        if self._to_skip > len(data):
+            self._to_skip -= len(data)
+            return
+        if self._to_skip:
+            self._crowd.note(self._kind)
+        self._unread += data[self._to_skip :]
+        self._to_skip = 0
+        if not self._is_open:
+            head, end, self._unread = self._unread.partition(b"\r\n\r\n")
+            assert not end or head.startswith(b"HTTP/1.1 101"), head
+            if not end:
+                self._unread = head
+                return
+            self._is_open = True
+            hello = Hello(package=VERSION, worker=self._name, slot=self._name, host="h", address="10.0.0.1", pid=1)
+            self.say(hello.model_dump_json().encode())
+        self._read_frames()
+
+    def say(self, text: bytes) -> None:
+        """Send a text frame, masked with zeros."""
+        size = len(text)
+        head = struct.pack("!BB", 0x81, 0x80 | size) if size < 126 else struct.pack("!BBH", 0x81, 0xFE, size)
+        self.transport.write(head + bytes(4) + text)
+
+    def _read_frames(self) -> None:
+        """Note the kind of each message, {"kind":"form",..., when its last byte is here; a long one is not kept."""
+        while len(self._unread) >= 2:
+            size, start = self._unread[1] & 0x7F, 2
+            if size >= 126:
+                start = 4 if size == 126 else 10
+                if len(self._unread) < start:
+                    return
+                size = int.from_bytes(self._unread[2:start], "big")
+            if len(self._unread) < min(start + size, start + 24):
+                return
+            self._kind = self._unread[start + 9 : start + 24].partition(b'"')[0].decode()
+            missing = start + size - len(self._unread)
+            if missing <= 0 and self._unread[0] & 0x0F == 1:
+                self._crowd.note(self._kind)
+            self._to_skip, self._unread = max(0, missing), self._unread[start + size :]
+
+
 class Crowd:
-    """Many workers on one event loop, which note when each kind of message came."""
+    """Many workers on one event loop, which note when each kind of message came.
 
-    def __init__(self, number: int) -> None:
+    Args:
+        number: Of workers.
+        door: Where the coordinator is.
+    """
+
+    def __init__(self, number: int, door: Announcement) -> None:
         self.number = number
-        self.heard: dict[str, list[float]] = {}
-        self.sockets: list[ClientConnection] = []
+        where = urlsplit(door.url)
+        self._host, self._port = where.hostname or "", where.port or 0
+        key = b64encode(bytes(16)).decode()
+        self.handshake = (
+            f"GET {PATH} HTTP/1.1\r\nHost: {where.netloc}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\nAuthorization: Bearer {door.token}\r\n\r\n"
+        ).encode()
+        self.voices: list[Voice] = []
+        self._heard: Counter[str] = Counter()
+        self._last: dict[str, float] = {}
         self._changed = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
 
-    async def connect(self, door: Announcement) -> None:
-        limit = asyncio.Semaphore(_CONNECTING_AT_ONCE)
-        url, headers = "ws" + door.url.removeprefix("http") + PATH, {"Authorization": f"Bearer {door.token}"}
+    async def connect(self) -> None:
+        """Connect all, and beat from now on."""
+        loop, limit = asyncio.get_running_loop(), asyncio.Semaphore(_CONNECTING_AT_ONCE)
 
-        async def one(index: int) -> ClientConnection:
+        async def one(index: int) -> Voice:
             async with limit:
-                socket = await connect(
-                    url,
-                    additional_headers=headers,
-                    compression=None,
-                    proxy=None,
-                    ping_interval=None,
-                    max_size=MAX_MESSAGE_BYTES,
-                    open_timeout=60,
-                )
                 name = f"node-{index // 8:04d}-{index % 8}"
-                hello = Hello(package=VERSION, worker=name, slot=name, host="h", address=f"10.0.0.{index % 250}", pid=1)
-                await socket.send(hello.model_dump_json())
-                return socket
+                _, voice = await loop.create_connection(lambda: Voice(self, name), self._host, self._port)
+                return voice
 
-        self.sockets = await asyncio.gather(*(one(index) for index in range(self.number)))
-        for socket in self.sockets:
-            self._tasks += [asyncio.create_task(self._listen(socket)), asyncio.create_task(self._beat(socket))]
+        self.voices = await asyncio.gather(*(one(index) for index in range(self.number)))
 
-    async def say(self, message: Any) -> None:
-        text = message.model_dump_json()
-        for socket in self.sockets:
-            await socket.send(text)
+    async def beat(self) -> None:
+        """Let each worker beat once a second, evenly spread."""
+        text = Beat(update=1, position=1, stage="compute", num_micro_batches=self.number).model_dump_json().encode()
+        while True:
+            for part in range(100):
+                for voice in self.voices[part::100]:
+                    voice.say(text)
+                await asyncio.sleep(0.01)
+
+    def say(self, message: Message) -> None:
+        """Let all say the same."""
+        text = message.model_dump_json().encode()
+        for voice in self.voices:
+            voice.say(text)
+
+    def note(self, kind: str) -> None:
+        """A worker heard a message."""
+        self._heard[kind] += 1
+        self._last[kind] = time.monotonic()
+        self._changed.set()
 
     async def hear(self, kind: str) -> float:
         """When the last worker heard a message of a kind."""
         async with asyncio.timeout(_PATIENCE_SECONDS):
-            while len(self.heard.get(kind, ())) < self.number:
+            while self._heard[kind] < self.number:
                 self._changed.clear()
                 await self._changed.wait()
-        return max(self.heard.pop(kind))
-
-    async def _listen(self, socket: ClientConnection) -> None:
-        with contextlib.suppress(ConnectionClosed):
-            async for text in socket:
-                kind = str(text[9:20]).partition('"')[0]  # {"kind":"form",...
-                self.heard.setdefault(kind, []).append(time.monotonic())
-                self._changed.set()
-
-    async def _beat(self, socket: ClientConnection) -> None:
-        text = Beat(update=1, position=1, stage="compute", num_micro_batches=self.number).model_dump_json()
-        with contextlib.suppress(ConnectionClosed):
-            while True:
-                await asyncio.sleep(1)
-                await socket.send(text)
+        return self._last[kind]
 
 
 async def measure(number: int, run_dir: Path, process: subprocess.Popen[bytes]) -> dict[str, Any]:
     """Form a world of all workers, then end it."""
     door = await _until(lambda: read_announcement(run_dir))
-    crowd = Crowd(number)
+    crowd = Crowd(number, door)
     started = time.monotonic()
-    await crowd.connect(door)
-    connected = time.monotonic()
-    await crowd.hear("welcome")
-    result: dict[str, Any] = {"workers": number, "connect_seconds": connected - started}
+    await crowd.connect()
+    result: dict[str, Any] = {"workers": number, "connect_seconds": await crowd.hear("welcome") - started}
+    beating = asyncio.create_task(crowd.beat())
     before = _cpu_seconds(process.pid)
     await asyncio.sleep(5)
     result["idle_cpu_share"] = (_cpu_seconds(process.pid) - before) / 5
-    await crowd.say(Ready(num_micro_batches=number))
+    crowd.say(Ready(num_micro_batches=number))
     said = time.monotonic()
     formed = await crowd.hear("form")
     result["form_seconds_after_last_ready"] = formed - said
-    await crowd.say(Entered(generation=1))
+    crowd.say(Entered(generation=1))
     async with httpx.AsyncClient(base_url=door.url, headers={"Authorization": f"Bearer {door.token}"}) as http:
         while (await http.get("/status", timeout=60)).json()["phase"] != "running":
             await asyncio.sleep(0.1)
@@ -120,8 +180,9 @@ async def measure(number: int, run_dir: Path, process: subprocess.Popen[bytes]) 
         result["stop_seconds"] = await crowd.hear("stop") - asked
         lost = time.monotonic()
         crowd.number -= 1
-        crowd.sockets[-1].transport.abort()
+        crowd.voices.pop().transport.abort()
         result["abort_seconds_after_a_loss"] = await crowd.hear("abort") - lost
+    beating.cancel()
     result["coordinator_megabytes"] = _peak_megabytes(process.pid)
     return result
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.coordinators import serving
+from support.fake_worker import connected
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from elastic_batch.coordinator.announcement import FILE, Announcement, choose_token, read_announcement
+from elastic_batch.coordinator_client import CoordinatorClient
 from elastic_batch.errors import InvalidSetting
-from elastic_batch.protocol import PATH
+from elastic_batch.protocol import PATH, Form
 
 ROUTES = [
     ("GET", "/status"),
@@ -150,3 +154,39 @@ def test_the_coordinator_never_loads_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command to make a certificate")
+def test_with_a_certificate_everything_is_encrypted(tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=test"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
+    subprocess.run([*command.split(), *names], check=True, capture_output=True, timeout=30)
+
+    async def scenario() -> None:
+        async with serving(tmp_path, settings={"tls_cert": cert, "tls_key": key}) as coordinator:
+            assert coordinator.announcement.url.startswith("https://")
+            async with connected(tmp_path, "a") as a:
+                await a.ready()
+                assert (await a.hear(Form)).members == ("a",)
+            found = await asyncio.to_thread(_status, tmp_path)
+            assert found["generation"] == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_certificate_that_is_none_is_one_clear_error(tmp_path: Path) -> None:
+    file = tmp_path / "cert.pem"
+    file.write_text("no certificate")
+
+    async def scenario() -> None:
+        async with serving(tmp_path, settings={"tls_cert": file, "tls_key": file}):
+            pass
+
+    with pytest.raises(InvalidSetting, match="must be a PEM certificate"):
+        asyncio.run(scenario())
+
+
+def _status(run_dir: Path) -> dict[str, Any]:
+    with CoordinatorClient.find({}, run_dir=run_dir) as client:
+        return client.status()

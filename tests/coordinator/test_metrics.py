@@ -1,0 +1,108 @@
+"""What Prometheus reads of an elastic run, across restarts and repeated updates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from elastic_batch.coordinator.metrics import WorldMetrics
+from elastic_batch.coordinator.rescale import Rescale
+from elastic_batch.coordinator.state import MembershipConfig, State, Worker
+
+
+def _record(update: int, **fields: Any) -> dict[str, Any]:
+    return {
+        "update": update,
+        "position": 8 * update,
+        "global_batch_size": 8,
+        "num_micro_batches": 2,
+        "world_size": 2,
+        "seconds": 0.1,
+        **fields,
+    }
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+def _value(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
+    return registry.get_sample_value(f"elastic_batch_{name}", {"run": "r", **labels})
+
+
+def test_updates_between_two_reports_are_counted(registry: CollectorRegistry) -> None:
+    metrics = WorldMetrics(registry, run="r")
+    for update in (3, 10):
+        metrics.take(_record(update, loss=0.5), {})
+    assert _value(registry, "updates_total") == 10
+    assert _value(registry, "samples_total") == 80
+    assert _value(registry, "position_samples") == 80
+    assert _value(registry, "loss") == 0.5
+
+
+def test_updates_that_are_done_again_are_counted_as_repeated(registry: CollectorRegistry) -> None:
+    metrics = WorldMetrics(registry, run="r")
+    for update in (10, 8, 9):
+        metrics.take(_record(update), {})
+    assert _value(registry, "updates_total") == 12
+    assert _value(registry, "repeated_updates_total") == 3
+    metrics.world_broke()
+    assert _value(registry, "repeated_updates_total") == 4
+
+
+def test_totals_that_a_worker_knows_win(registry: CollectorRegistry) -> None:
+    metrics = WorldMetrics(registry, run="r")
+    metrics.take(_record(5), {"updates": 7, "repeated": 2, "skipped": 1})
+    assert _value(registry, "updates_total") == 7
+    assert _value(registry, "repeated_updates_total") == 2
+    assert _value(registry, "skipped_updates_total") == 1
+
+
+def test_a_restart_resets_no_counter(registry: CollectorRegistry) -> None:
+    first = WorldMetrics(CollectorRegistry(), run="r")
+    first.take(_record(5), {})
+    first.rescaled("loss", {"detect": 0.1})
+    second = WorldMetrics(registry, run="r")
+    second.resume(first.totals, _record(5))
+    second.take(_record(7), {})
+    assert _value(registry, "updates_total") == 7
+    assert _value(registry, "rescales_total", cause="loss") == 1
+    assert _value(registry, "rescales_total", cause="join") == 0
+
+
+def test_workers_are_counted_by_state(registry: CollectorRegistry) -> None:
+    metrics = WorldMetrics(registry, run="r")
+    workers = {name: Worker(name, name, ready=name == "b") for name in "abc"}
+    state = State(workers=workers, generation=4, num_micro_batches=2)
+    text = metrics.read(0.0, state, MembershipConfig(max_workers=8, spares=1)).decode()
+    assert 'elastic_batch_workers{run="r",state="joining"} 2.0' in text
+    assert 'elastic_batch_workers{run="r",state="standby"} 1.0' in text
+    assert 'elastic_batch_workers{run="r",state="active"} 0.0' in text
+    assert 'elastic_batch_desired_workers{run="r"} 3.0' in text
+    assert 'elastic_batch_generation{run="r"} 4.0' in text
+
+
+def test_a_rescale_is_told_apart_into_its_steps() -> None:
+    rescale = Rescale()
+    rescale.noticed(1.0)
+    rescale.noticed(1.5)
+    rescale.decided(2.0, "loss")
+    rescale.forms(5.0, "retry")
+    rescale.synced(0.25)
+    rescale.synced(0.5)
+    assert rescale.is_forming
+    assert rescale.trains(9.0) == ("loss", {"detect": 1.0, "agree": 3.0, "form": 3.5, "sync": 0.5})
+    assert not rescale.is_under_way
+    rescale.forms(10.0, "join")
+    assert rescale.trains(11.0) == ("join", {"detect": 0.0, "agree": 0.0, "form": 1.0, "sync": 0.0})
+
+
+def test_a_world_that_fails_to_form_counts_once_with_its_first_cause() -> None:
+    rescale = Rescale()
+    rescale.forms(1.0, "join")
+    rescale.decided(2.0, "loss")
+    rescale.forms(3.0, "retry")
+    assert rescale.trains(4.0) == ("loss", {"detect": 0.0, "agree": 2.0, "form": 1.0, "sync": 0.0})
