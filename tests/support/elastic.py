@@ -9,19 +9,21 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import urllib.request
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from support.elastic_jobs import MICRO_BATCH, SEED, elastic_jobs
+from support.elastic_jobs import MICRO_BATCH, SEED, ElasticJob, elastic_jobs
 from support.reference import state_of
 from support.worlds import warm_context
 
@@ -34,19 +36,31 @@ class Course:
     """How a worker trains.
 
     Args:
-        job: Name of an elastic job.
+        name: Of an elastic job.
         pace: Seconds that user code sleeps after each update.
         options: Of the trainer.
+        end: Another length of the job, in samples.
+        phases: Other phases of the job.
+        evaluates_every: Updates between evaluations; 0: none.
     """
 
-    job: str = "digits"
+    name: str = "digits"
     pace: float = 0.01
     options: dict[str, Any] = field(default_factory=lambda: {"num_workers": 2})
+    end: int | None = None
+    phases: str | None = None
+    evaluates_every: int = 0
+
+    @property
+    def job(self) -> ElasticJob:
+        """What is trained."""
+        job = elastic_jobs()[self.name]
+        return replace(job, end=self.end or job.end, phases=self.phases or job.phases)
 
 
 def train_alone(course: Course) -> dict[str, Any]:
     """The state at the end of an undisturbed run of one worker."""
-    job = elastic_jobs()[course.job]
+    job = course.job
     model, optimizer, dataset = job.make()
     with Trainer(
         model,
@@ -65,7 +79,7 @@ def train_alone(course: Course) -> dict[str, Any]:
 
 def train_as_worker(course: Course, run_dir: str, slot: str, membership: Membership | None = None) -> None:
     """Train to the end, leaving a witness's line for each commit and the state at the end."""
-    job = elastic_jobs()[course.job]
+    job = course.job
     model, optimizer, dataset = job.make()
     witness = Path(run_dir) / "witness" / f"{slot}-{os.getpid()}.jsonl"
     # The check of the loss would yield the first batch three times more, and the witness take it for trained.
@@ -144,6 +158,7 @@ class Cluster:
         self.run_dir = run_dir
         self.course = course
         self.workers: dict[str, BaseProcess] = {}
+        self.others: list[subprocess.Popen[bytes]] = []
         self.coordinator: subprocess.Popen[bytes] | None = None
         self._words = ("--min-workers", str(min_workers), "--max-workers", str(max_workers), *options)
         for name in ("witness", "ends", "logs"):
@@ -246,9 +261,10 @@ class Cluster:
             if _lives(process):
                 process.kill()
             process.join()
-        if self.coordinator is not None and self.coordinator.poll() is None:
-            self.coordinator.kill()
-            self.coordinator.wait()
+        for other in (*self.others, self.coordinator):
+            if other is not None:
+                other.kill()
+                other.wait()
 
 
 def _lives(process: BaseProcess) -> bool:

@@ -60,6 +60,20 @@ def digit_model() -> nn.Module:
     ).double()
 
 
+class LargeModel(nn.Module):
+    """100 million parameters, of which an update uses few: what matters is how long they take to hand over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.embedding = nn.EmbeddingBag(1_000_000, 100, dtype=torch.float32)
+        self.read_out = nn.Linear(100, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores: Tensor = self.read_out(self.embedding((images.flatten(1) * 1000).long().clamp(0)))
+        return scores
+
+
 def digit_loss(model: nn.Module, batch: Any) -> Tensor:
     images, labels, _ = batch
     return F.cross_entropy(model(images), labels)
@@ -121,6 +135,8 @@ def elastic_jobs() -> dict[str, ElasticJob]:
     """By name."""
     return {
         "digits": ElasticJob(NumberedDigits, digit_model, digit_loss, _digit_numbers, "0:16 640sp:32", 640 + 1280),
+        "endless": ElasticJob(NumberedDigits, digit_model, digit_loss, _digit_numbers, "0:32", 10**9),
+        "large": ElasticJob(NumberedDigits, LargeModel, digit_loss, _digit_numbers, "0:32", 10**9),
         "tokens": ElasticJob(
             NumberedTokens, lambda: TokenModel(torch.float64), token_loss, _token_numbers, "0:16 400sp:24", 400 + 800
         ),
