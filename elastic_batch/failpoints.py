@@ -1,11 +1,13 @@
 """Places where a fault may be made to happen: they do nothing, at next to no cost, unless the environment has a plan.
 
 `ELASTIC_BATCH_FAULTS="reduce.header:3=kill;form.start:1=stop,5"` kills the process when it reaches `reduce.header` for
-the third time, and stops it for five seconds when it reaches `form.start` for the first time.
+the third time, and stops it for five seconds when it reaches `form.start` for the first time. Where
+`ELASTIC_BATCH_FAULTS_RECORD` names a file, each fault is noted there, with its time, before it happens.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 
 from elastic_batch.errors import InvalidSetting, UnknownName
 
-VARIABLE = "ELASTIC_BATCH_FAULTS"
+VARIABLE, RECORD = "ELASTIC_BATCH_FAULTS", "ELASTIC_BATCH_FAULTS_RECORD"
 
 PLACES = {
     "join.ready": "a worker is about to say that it waits for a world",
@@ -129,6 +131,7 @@ def on_partition(cut_off: Callable[[float], None]) -> None:
 
 
 def _happen(fault: Fault) -> None:
+    _note(fault)
     match fault.action:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -143,3 +146,11 @@ def _happen(fault: Fault) -> None:
             time.sleep(fault.seconds)
         case "partition" if _cut_off is not None:
             _cut_off(fault.seconds)
+
+
+def _note(fault: Fault) -> None:
+    if (path := os.environ.get(RECORD)) is None:
+        return
+    line = {"fault": str(fault), "pid": os.getpid(), "time": time.monotonic()}
+    with open(path, "a") as record:
+        record.write(json.dumps(line) + "\n")

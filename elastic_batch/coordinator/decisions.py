@@ -13,6 +13,7 @@ from elastic_batch.coordinator.rendezvous import Store
 from elastic_batch.coordinator.rescale import Rescale
 from elastic_batch.coordinator.run import COMPLETE, Run
 from elastic_batch.coordinator.state import Phase
+from elastic_batch.failpoints import reach
 from elastic_batch.protocol import Abort, End, Form, Regroup, Stop
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ class Decisions:
 
     def carry_out(self, now: float, decision: Decision) -> bool:
         """Do it. Returns False where the disk did not take it: it is as if it had not been made, and comes again."""
+        if not isinstance(decision, Wait):
+            reach("coordinator.decision")
         match decision:
             case Evict():
                 self._evict(now, decision)
@@ -129,6 +132,7 @@ class Decisions:
             # Were the number not on the disk, a restarted coordinator could give it to another world.
             self._note(f"generation {generation} waits: {error}")
             return False
+        reach("coordinator.form")
         self.rescale.forms(now, self._cause(decision))
         run.store.withdraw(f"generation {run.store.generation} is over")
         run.store = Store(generation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -30,37 +31,42 @@ from support.worlds import warm_context
 from elastic_batch import Trainer, failpoints
 from elastic_batch.engines import FixedWorld, Membership, SoloEngine
 
+FAULTS, HURRY = "faults.jsonl", "hurry"
+"""Files of the run's directory: the faults that happened; that user code takes no time any more."""
+
 
 @dataclass(frozen=True)
 class Course:
     """How a worker trains.
 
     Args:
-        name: Of an elastic job.
+        job: Name of an elastic job.
         pace: Seconds that user code sleeps after each update.
         options: Of the trainer.
         end: Another length of the job, in samples.
         phases: Other phases of the job.
-        evaluates_every: Updates between evaluations; 0: none.
+        evaluates_every: Updates between evaluations in the user's loop; 0: none.
+        seed: Of the trainer.
     """
 
-    name: str = "digits"
+    job: str = "digits"
     pace: float = 0.01
     options: dict[str, Any] = field(default_factory=lambda: {"num_workers": 2})
     end: int | None = None
     phases: str | None = None
     evaluates_every: int = 0
+    seed: int = SEED
 
     @property
-    def job(self) -> ElasticJob:
+    def elastic_job(self) -> ElasticJob:
         """What is trained."""
-        job = elastic_jobs()[self.name]
+        job = elastic_jobs()[self.job]
         return replace(job, end=self.end or job.end, phases=self.phases or job.phases)
 
 
 def train_alone(course: Course) -> dict[str, Any]:
     """The state at the end of an undisturbed run of one worker."""
-    job = course.job
+    job = course.elastic_job
     model, optimizer, dataset = job.make()
     with Trainer(
         model,
@@ -70,7 +76,7 @@ def train_alone(course: Course) -> dict[str, Any]:
         loss_fn=job.loss_fn,
         membership=FixedWorld(SoloEngine()),
         micro_batch_size=MICRO_BATCH,
-        seed=SEED,
+        seed=course.seed,
     ) as trainer:
         for _ in trainer:
             pass
@@ -79,11 +85,12 @@ def train_alone(course: Course) -> dict[str, Any]:
 
 def train_as_worker(course: Course, run_dir: str, slot: str, membership: Membership | None = None) -> None:
     """Train to the end, leaving a witness's line for each commit and the state at the end."""
-    job = course.job
+    job = course.elastic_job
     model, optimizer, dataset = job.make()
+    hurry = Path(run_dir) / HURRY
     witness = Path(run_dir) / "witness" / f"{slot}-{os.getpid()}.jsonl"
     # The check of the loss would yield the first batch three times more, and the witness take it for trained.
-    own = {"micro_batch_size": MICRO_BATCH, "seed": SEED, "resume": "auto", "check_loss": False}
+    own = {"micro_batch_size": MICRO_BATCH, "seed": course.seed, "resume": "auto", "check_loss": False}
     options = {**own, **course.options}
     with (
         Trainer(model, optimizer, dataset, job.schedule, run_dir=run_dir, membership=membership, **options) as trainer,
@@ -109,11 +116,20 @@ def train_as_worker(course: Course, run_dir: str, slot: str, membership: Members
                     "time": time.monotonic(),
                 }
                 lines.write(json.dumps(line) + "\n")
-                time.sleep(course.pace)
+                if course.evaluates_every and trainer.num_updates % course.evaluates_every == 0:
+                    trainer.evaluate(dataset, job.count, batch_size=64)
+                if not hurry.exists():
+                    time.sleep(course.pace)
         torch.save(state_of(model, optimizer), Path(run_dir) / "ends" / f"{slot}-{os.getpid()}.pt")
 
 
-def _worker_main(course: Course, run_dir: str, slot: str, faults: str) -> None:
+def _await_plans(plans: Connection) -> None:
+    with contextlib.suppress(EOFError):
+        while True:
+            failpoints.plan(plans.recv())
+
+
+def _worker_main(course: Course, run_dir: str, slot: str, plans: Connection, faults: str) -> None:
     log = os.open(f"{run_dir}/logs/{slot}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -122,7 +138,9 @@ def _worker_main(course: Course, run_dir: str, slot: str, faults: str) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     os.environ.update(ELASTIC_BATCH_RUN_DIR=run_dir, ELASTIC_BATCH_SLOT=slot)
+    os.environ[failpoints.RECORD] = f"{run_dir}/{FAULTS}"
     failpoints.plan(faults)
+    threading.Thread(target=_await_plans, args=(plans,), daemon=True).start()
     code = 0
     try:
         train_as_worker(course, run_dir, slot)
@@ -158,6 +176,7 @@ class Cluster:
         self.run_dir = run_dir
         self.course = course
         self.workers: dict[str, BaseProcess] = {}
+        self._plans: dict[str, Connection] = {}
         self.others: list[subprocess.Popen[bytes]] = []
         self.coordinator: subprocess.Popen[bytes] | None = None
         self._words = ("--min-workers", str(min_workers), "--max-workers", str(max_workers), *options)
@@ -171,19 +190,39 @@ class Cluster:
                 (sys.executable, "-m", "elastic_batch", "coordinator", "--run-dir", str(self.run_dir), *self._words),
                 stdout=log,
                 stderr=log,
-                env={**os.environ, failpoints.VARIABLE: faults},
+                env={
+                    **os.environ,
+                    failpoints.VARIABLE: faults,
+                    failpoints.RECORD: str(self.run_dir / FAULTS),
+                },
                 start_new_session=True,
             )
         self.wait_until(lambda: self.status() is not None, 20, "the coordinator answers")
 
     def start_worker(self, slot: str, faults: str = "") -> BaseProcess:
         """Start a warm worker."""
+        theirs, self._plans[slot] = warm_context().Pipe(duplex=False)
         process = warm_context().Process(
-            target=_worker_main, args=(self.course, str(self.run_dir), slot, faults), daemon=False
+            target=_worker_main, args=(self.course, str(self.run_dir), slot, theirs, faults), daemon=False
         )
         process.start()
+        theirs.close()
         self.workers[slot] = process
         return process
+
+    def arm(self, slot: str, faults: str) -> None:
+        """Give a living worker another plan of faults; its counts start anew."""
+        with contextlib.suppress(OSError):
+            self._plans[slot].send(faults)
+
+    def hurry(self) -> None:
+        """From now on user code takes no time."""
+        (self.run_dir / HURRY).touch()
+
+    def happened(self) -> list[dict[str, Any]]:
+        """The faults that failpoints have made, by time."""
+        path = self.run_dir / FAULTS
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def kill(self, slot: str, number: int = signal.SIGKILL) -> None:
         """Send a worker a signal."""
