@@ -175,9 +175,10 @@ async def measure(number: int, run_dir: Path, process: subprocess.Popen[bytes]) 
         before = _cpu_seconds(process.pid)
         await asyncio.sleep(5)
         result["world_cpu_share"] = (_cpu_seconds(process.pid) - before) / 5
-        asked = time.monotonic()
+        asked, before = time.monotonic(), _cpu_seconds(process.pid)
         await http.post("/stop", json={"reason": "measured"}, timeout=60)
         result["stop_seconds"] = await crowd.hear("stop") - asked
+        result["stop_cpu_seconds"] = _cpu_seconds(process.pid) - before
         lost = time.monotonic()
         crowd.number -= 1
         crowd.voices.pop().transport.abort()
