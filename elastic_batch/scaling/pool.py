@@ -97,6 +97,7 @@ class Pool:
         self._size = 0
         self._position: int | None = None
         self._has_progress = False
+        self._held = False
         self._lost_nurseries = 0
         self._changed = asyncio.Event()
         self._readers: set[asyncio.Task[None]] = set()
@@ -123,6 +124,10 @@ class Pool:
             self._has_progress = self._position is not None
             self._position, self._lost_nurseries = position, 0
 
+    def hold(self, held: bool) -> None:
+        """Whether nothing is started for now."""
+        self._held = held
+
     def retire(self) -> None:
         """Start nothing any more."""
         self._size = 0
@@ -146,7 +151,7 @@ class Pool:
     async def wait_for_change(self, seconds: float) -> None:
         """Return when a process has ended, or after so many seconds; start what is due."""
         now = asyncio.get_running_loop().time()
-        due = [] if self._restarting else [max(0.0, slot.starts_at - now) for slot in self._missing()]
+        due = [] if self._restarting or self._held else [max(0.0, slot.starts_at - now) for slot in self._missing()]
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), min([seconds, *due]))
         self._changed.clear()
@@ -209,7 +214,7 @@ class Pool:
         return [slot for slot in list(self._slots.values())[: self._size] if not slot.busy]
 
     def _fill(self) -> None:
-        if self._restarting:
+        if self._restarting or self._held:
             return
         now = asyncio.get_running_loop().time()
         for slot in self._missing():

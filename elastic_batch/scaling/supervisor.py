@@ -23,7 +23,7 @@ _POLL_SECONDS = 0.2
 _OUTSIDER_SECONDS = 2.0
 """For workers outside the world to hear that the run is over; those in it take the time they need."""
 _KILL_SECONDS = 10.0
-_AWAY_SECONDS = 10.0
+_AWAY_SECONDS = 5.0
 """Without an answer, when no worker of this machine is left, the coordinator counts as gone."""
 
 
@@ -116,8 +116,11 @@ class Supervisor:
             try:
                 self._status = await self._link.status()
             except CoordinatorAway:
+                # It may have gone with the end of the job, which its workers have heard: none is replaced now.
+                self._pool.hold(self._coordinator is None)
                 await asyncio.sleep(_POLL_SECONDS)
                 continue
+            self._pool.hold(False)
             self._heard_at = asyncio.get_running_loop().time()
             self._take_status()
             shown = self._show_world(shown)

@@ -14,6 +14,7 @@ import pytest
 from support import supervision
 from support.supervision import FakeLink, is_alive, supervisor_settings, write_script
 
+from elastic_batch.scaling import supervisor as supervisor_module
 from elastic_batch.scaling.supervisor import Supervisor, SupervisorSettings, supervise
 
 SLEEP = "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(100)\n"
@@ -136,7 +137,7 @@ def test_more_workers_are_started_when_more_are_wanted_and_one_is_kept_warm(tmp_
 def test_a_failing_program_ends_the_job_with_1_and_says_what_it_printed(tmp_path: Path) -> None:
     shown: list[str] = []
     script = write_script(tmp_path, "raise ValueError('bad luck')\n")
-    assert supervise(supervisor_settings(script), FakeLink(), shown.append) == 1
+    assert supervise(supervisor_settings(script), FakeLink({}), shown.append) == 1
     report = next(line for line in shown if "nothing was trained meanwhile" in line)
     assert "ValueError: bad luck" in report
 
@@ -146,3 +147,13 @@ def test_where_the_coordinator_is_elsewhere_the_part_ends_with_the_job(tmp_path:
     assert supervise(supervisor_settings(write_script(tmp_path, "pass\n")), link, lambda _: None) == 0
     script = write_script(tmp_path, "import sys\nsys.exit(75)\n")
     assert supervise(supervisor_settings(script), FakeLink({"ended": "stopped: SIGINT"}), lambda _: None) == 75
+
+
+def test_workers_that_ended_well_are_not_replaced_when_the_coordinator_elsewhere_has_gone_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "_AWAY_SECONDS", 1.5)
+    shown: list[str] = []
+    settings = supervisor_settings(write_script(tmp_path, "print('trained')\n"))
+    assert supervise(settings, FakeLink(), shown.append) == 0
+    assert sorted(shown) == ["[local-0] trained", "[local-1] trained"]
