@@ -3,21 +3,22 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUNS := runs
 
-.PHONY: help train test soak check format bench trial clean
+.PHONY: help train test soak check format bench bench-elastic trial clean
 
 help:
-	@echo "make train   train on the embedded digits with a growing batch, and with a decaying learning rate beside it"
+	@echo "make train   train on the embedded digits with a growing batch, on one worker and then two, and with plain decay"
 	@echo "make test    run every check and test"
 	@echo "make soak    run the long trials of the test suite"
 	@echo "make check   run formatting, lint, type and layer checks only"
 	@echo "make format  format the code"
 	@echo "make bench   run the benchmarks that the README quotes (about 20 minutes)"
+	@echo "make bench-elastic  measure how long training stands still when workers come, go and die (about 10 minutes)"
 	@echo "make trial   compare three strategies on Fashion-MNIST, three seeds each (at most an hour, resumable)"
 	@echo "make clean   remove the virtual environment, runs and caches"
 
 train: .venv/train
 	$(BIN)/elastic-batch plan digits --workers 1,2,4
-	$(BIN)/elastic-batch train digits --run-dir $(RUNS)/digits --resume auto
+	$(BIN)/elastic-batch train digits --workers 1:2 --run-dir $(RUNS)/digits --resume auto
 	$(BIN)/elastic-batch train digits --strategy decay-lr --run-dir $(RUNS)/digits-decay-lr --resume auto
 	$(BIN)/elastic-batch report $(RUNS)/digits $(RUNS)/digits-decay-lr --output $(RUNS)/report
 
@@ -38,7 +39,10 @@ format: .venv/test
 	$(BIN)/ruff check --fix .
 
 bench: .venv/test
-	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+	for name in update noise ghost stream checkpoint; do $(BIN)/python benchmarks/bench_$$name.py || exit 1; done
+
+bench-elastic: .venv/test
+	PYTHONPATH=tests $(BIN)/python benchmarks/bench_elastic.py
 
 trial: .venv/train
 	$(BIN)/python benchmarks/trial_fashion_mnist.py

@@ -49,6 +49,9 @@ class Listener(Protocol):
     @property
     def world(self) -> tuple[int, tuple[str, ...]]: ...
 
+    @property
+    def is_ending(self) -> bool: ...
+
     def pending(self) -> list[Any]: ...
 
     def beat(self) -> Beat: ...
@@ -153,7 +156,7 @@ class Connection:
                 self.condition = f"answering with status {error.response.status_code}"
             except (OSError, TimeoutError, ConnectionClosed, InvalidHandshake) as error:
                 self.condition = f"out of reach ({error or type(error).__name__})"
-            if self._socket is not None:
+            if self._socket is not None and not self._listener.is_ending:
                 logger.warning("the connection to the coordinator broke; training goes on")
             self._drop()
             cut_off = self._cut_off_until - self._loop.time()

@@ -125,6 +125,11 @@ class Session:
         """Generation and workers of the world that this worker is in, or waits after."""
         return self._generation, self._members
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether this worker's part in the run is over."""
+        return self._standing.ended is not None
+
     def pending(self) -> list[Ready | Leaving | Entered]:
         """What the coordinator has to hear again on a new connection."""
         with self._changed:
