@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from support import engine_contract as contract
-from support.worlds import WorldFailed, run_world
+from support.worlds import Connect, WorldFailed, form_elastic, join_fixed, run_world
 
 from elastic_batch.engines import SoloEngine
 
@@ -18,17 +18,19 @@ def _run_solo(work: Callable[..., Any], *args: Any) -> list[Any]:
     return [work(SoloEngine(), *args)]
 
 
-def _run_gloo(size: int) -> Run:
+def _run_gloo(size: int, connect: Connect) -> Run:
     def run(work: Callable[..., Any], *args: Any) -> list[Any]:
-        return run_world(size, work, *args, timeout_seconds=30)
+        return run_world(size, work, *args, timeout_seconds=30, connect=connect)
 
     return run
 
 
 ENGINES = [
     pytest.param(_run_solo, 1, id="solo"),
-    pytest.param(_run_gloo(2), 2, id="distributed-2"),
-    pytest.param(_run_gloo(3), 3, id="distributed-3"),
+    pytest.param(_run_gloo(2, join_fixed), 2, id="distributed-2"),
+    pytest.param(_run_gloo(3, join_fixed), 3, id="distributed-3"),
+    pytest.param(_run_gloo(2, form_elastic), 2, id="elastic-2"),
+    pytest.param(_run_gloo(3, form_elastic), 3, id="elastic-3"),
 ]
 
 
@@ -66,8 +68,9 @@ def test_close_does_not_wait_for_the_others(run: Run, size: int) -> None:
     assert max(run(contract.close_alone)) < 0.5
 
 
+@pytest.mark.parametrize("connect", [join_fixed, form_elastic])
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_dead_peer_breaks_the_world_of_the_others(size: int) -> None:
+def test_a_dead_peer_breaks_the_world_of_the_others(size: int, connect: Connect) -> None:
     # The message that run_world raises has only the dead worker in it: all others returned.
     with pytest.raises(WorldFailed, match=f"^worker {size - 1}: died without a word$"):
-        run_world(size, contract.lose_a_peer, timeout_seconds=30)
+        run_world(size, contract.lose_a_peer, timeout_seconds=30, connect=connect)

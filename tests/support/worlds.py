@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
-from elastic_batch.engines import DistributedEngine, Engine
+from elastic_batch.engines import DistributedEngine, Engine, Formation
 
 _context = multiprocessing.get_context("forkserver")
 # Names that resolve without this process's sys.path, which the server does not get; it skips silently what it cannot
@@ -45,10 +45,17 @@ class WorldFailed(AssertionError):
     """A worker raised; the message has its traceback."""
 
 
-def run_world(size: int, work: Callable[..., Any], *args: Any, timeout_seconds: float = 60) -> list[Any]:
+Connect = Callable[[int, int, str], Engine]
+"""Of (rank, size, folder): the engine of a worker of a world that meets in a folder."""
+
+
+def run_world(
+    size: int, work: Callable[..., Any], *args: Any, timeout_seconds: float = 60, connect: Connect | None = None
+) -> list[Any]:
     """Call `work(engine, *args)` in `size` processes and return what each returned, by rank.
 
     `work` must be importable (defined in `support`) and its result picklable. All processes are gone at the end.
+    Without `connect` the world is one of a fixed size.
 
     Raises:
         WorldFailed: One of them raised, died, or the time ran out.
@@ -57,7 +64,9 @@ def run_world(size: int, work: Callable[..., Any], *args: Any, timeout_seconds: 
         pipes, processes = [], []
         for rank in range(size):
             ours, theirs = _context.Pipe(duplex=False)
-            process = _context.Process(target=_main, args=(theirs, rank, size, folder, work, args), daemon=False)
+            process = _context.Process(
+                target=_main, args=(theirs, rank, size, folder, connect or join_fixed, work, args), daemon=False
+            )
             process.start()
             theirs.close()
             pipes.append(ours)
@@ -97,7 +106,15 @@ def _collect(pipes: list[Connection], timeout_seconds: float) -> list[Any]:
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _main(pipe: Connection, rank: int, size: int, folder: str, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _main(
+    pipe: Connection,
+    rank: int,
+    size: int,
+    folder: str,
+    connect: Connect,
+    work: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     engine = connect(rank, size, folder)
@@ -112,8 +129,22 @@ def _main(pipe: Connection, rank: int, size: int, folder: str, work: Callable[..
     os._exit(0)
 
 
-def connect(rank: int, size: int, folder: str) -> Engine:
-    """Join a gloo world that meets in a folder."""
+def form_elastic(rank: int, size: int, folder: str) -> Engine:
+    """Form a gloo world as elastic workers do, on a store in a folder."""
+    return DistributedEngine.form(
+        FileStore(os.path.join(folder, "store"), size),
+        Formation(),
+        rank=rank,
+        size=size,
+        generation=0,
+        device=torch.device("cpu"),
+        address="127.0.0.1",
+        forming_timeout=timedelta(seconds=20),
+    )
+
+
+def join_fixed(rank: int, size: int, folder: str) -> Engine:
+    """Join a gloo world of a fixed size that meets in a folder."""
     store = FileStore(os.path.join(folder, "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=30))
     return DistributedEngine.join(None, torch.device("cpu"))

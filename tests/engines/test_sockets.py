@@ -1,0 +1,61 @@
+"""The connections that a process group opened, and only those, are shut down."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from elastic_batch.engines import Formation
+from elastic_batch.engines.sockets import open_sockets, opened_since, shut_down
+
+
+def _connected() -> tuple[socket.socket, socket.socket, socket.socket]:
+    server = socket.create_server(("127.0.0.1", 0))
+    client = socket.create_connection(server.getsockname())
+    accepted, _ = server.accept()
+    return server, client, accepted
+
+
+def test_connections_opened_since_are_shut_down_and_older_ones_are_not() -> None:
+    old_server, old_client, old_accepted = _connected()
+    formation = Formation()
+    server, client, accepted = _connected()
+    formation.abort()
+    assert formation.is_aborted
+    assert client.recv(1) == b""
+    old_accepted.send(b"x")
+    assert old_client.recv(1) == b"x"
+    again = socket.create_connection(server.getsockname())  # the listening socket still listens
+    for each in (old_server, old_client, old_accepted, server, client, accepted, again):
+        each.close()
+
+
+def test_a_descriptor_that_another_socket_got_since_is_left_alone() -> None:
+    before = open_sockets()
+    server, client, accepted = _connected()
+    ours = {client.fileno(): opened_since(before)[client.fileno()]}
+    number = client.fileno()
+    client.close()
+    stranger = socket.create_connection(server.getsockname())
+    assert stranger.fileno() == number
+    shut_down(ours)
+    peer, _ = server.accept()
+    peer.send(b"x")
+    assert stranger.recv(1) == b"x"
+    for each in (server, accepted, stranger, peer):
+        each.close()
+
+
+def test_sockets_that_are_not_of_a_network_do_not_count() -> None:
+    before = open_sockets()
+    left, right = socket.socketpair()
+    assert opened_since(before) == {}
+    left.close()
+    right.close()
+
+
+def test_shutting_down_what_is_closed_is_no_error() -> None:
+    shut_down({999_999: 1})
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        socket.socket(fileno=999_999)

@@ -1,0 +1,62 @@
+"""The greatest state of a new world reaches every worker, whole, beside what it has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.handover import exchange_states
+from support.worlds import run_world
+
+from elastic_batch.checkpoint import put_together, take_apart
+from elastic_batch.errors import UnsavableState
+from elastic_batch.trainer.handover import NOWHERE, Muster, Whereabouts
+
+
+def test_the_newest_generation_wins_and_the_position_second() -> None:
+    places = (NOWHERE, Whereabouts(1, 900), Whereabouts(2, 300), Whereabouts(2, 400), Whereabouts(2, 400))
+    found = Muster(places, evaluating=0)
+    assert found.source == 3
+    assert not found.agreed
+
+
+def test_workers_agree_when_all_have_the_same_state_but_not_when_none_has_one() -> None:
+    assert Muster((Whereabouts(2, 5),) * 3, evaluating=0).agreed
+    assert not Muster((NOWHERE, NOWHERE), evaluating=0).agreed
+
+
+def _states_of(world: list[Any]) -> list[Any]:
+    return [state for state, _ in world]
+
+
+@pytest.mark.parametrize("source", [0, 1, 2])
+def test_every_type_of_value_arrives_at_those_that_want_it(source: int) -> None:
+    world = run_world(3, exchange_states, source, timeout_seconds=40)
+    states = _states_of(world)
+    assert states[source] is None
+    for rank in {0, 1, 2} - {source}:
+        state = states[rank]
+        assert torch.equal(state["weights"], torch.full((3, 4), float(source), dtype=torch.float64))
+        assert state["flags"].dtype == torch.bool
+        assert state["half"].dtype == torch.bfloat16
+        assert state["last"].is_contiguous()
+        assert torch.equal(state["last"], torch.arange(24.0).view(2, 3, 2, 2))
+        assert state["empty"].shape == (0, 3)
+        assert state["nested"] == [1, {"two": 2.5, 3: None}, "four"]
+        assert state["tied"] is state["weights"]
+
+
+def test_a_state_is_taken_apart_and_put_together() -> None:
+    weights = torch.ones(2)
+    nesting, tensors = take_apart({"a": weights, "b": [weights, 3]})
+    assert len(tensors) == 1
+    assert tensors[0].data_ptr() == weights.data_ptr()
+    again = put_together(nesting, [torch.zeros(2)])
+    assert torch.equal(again["a"], torch.zeros(2))
+    assert again["b"][1] == 3
+
+
+def test_what_would_need_code_to_be_read_is_refused() -> None:
+    with pytest.raises(UnsavableState, match="of type"):
+        take_apart({"a": object()})
