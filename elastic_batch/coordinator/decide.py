@@ -129,6 +129,8 @@ def _why_over(state: State, world: World) -> str | None:
 def _form(now: float, state: State, world: World, config: MembershipConfig) -> Decision:
     if now - world.since <= config.form:
         return Wait(f"generation {world.generation} forms")
+    if any(now < worker.busy_until for worker in inside(state)):
+        return Wait(f"generation {world.generation} forms: a worker announced that it takes longer")
     late = next(name for name in world.members if name not in world.entered)
     # It may be another one that all wait for: only those that do not come out of it either are given up.
     return EndWorld(f"worker {late} did not enter generation {world.generation} within {config.form:g} s")

@@ -15,6 +15,9 @@ _OF_THE_RECORD = ("position", "epoch", "update", "global_batch_size", "num_micro
 def status(run: Run) -> dict[str, Any]:
     """The run as plain values."""
     now, state = run.clock(), run.state
+    members = state.world.members if state.world is not None else ()
+    present = {worker.name for worker in inside(state)}
+    ranks = {name: rank for rank, name in enumerate(members) if name in present}
     return {
         "run_id": run.run_id,
         "phase": _phase(run),
@@ -22,7 +25,7 @@ def status(run: Run) -> dict[str, Any]:
         "reason": run.reason,
         "desired_workers": desired_workers(state, run.membership),
         **{name: run.record.get(name) for name in _OF_THE_RECORD},
-        "workers": [_worker(run, now, worker) for worker in state.workers.values()],
+        "workers": [_worker(run, now, worker, ranks.get(worker.name)) for worker in state.workers.values()],
         "ended": state.ended,
         "uptime_seconds": now - run.started_at,
     }
@@ -35,11 +38,12 @@ def _phase(run: Run) -> str:
     return "waiting" if state.world is None or not inside(state) else state.world.phase.value
 
 
-def _worker(run: Run, now: float, worker: Worker) -> dict[str, Any]:
+def _worker(run: Run, now: float, worker: Worker, rank: int | None) -> dict[str, Any]:
     member, connection = run.member(worker.name), run.connections.get(worker.name)
     return {
         "name": worker.name,
         "slot": worker.slot,
+        "rank": rank,
         "host": member.host,
         "pid": member.pid,
         "state": worker_state(now, run.state, worker),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -55,6 +56,10 @@ class Engine(Protocol):
         """Give back what the engine holds on this worker, without waiting for the others."""
 
 
+LONGEST_STAGE_SECONDS = 600.0
+"""How long announced work may take: as long as a collective waits for it."""
+
+
 @dataclass(slots=True)
 class Standing:
     """What a worker is at. The trainer keeps it up to date; whoever reports it reads it from another thread.
@@ -64,6 +69,7 @@ class Standing:
         position: Samples committed.
         num_micro_batches: Micro-batches of the update that comes next.
         stage: What the training thread is at.
+        busy_seconds: How long the stage may take, at most, without being a stall.
         ended: How this worker's part in the run ended; None: it did not, or with an error.
     """
 
@@ -71,7 +77,17 @@ class Standing:
     position: int = 0
     num_micro_batches: int = 1
     stage: Stage = "wait"
+    busy_seconds: float = 0.0
     ended: Departure | None = None
+
+    @contextmanager
+    def busy(self, seconds: float = LONGEST_STAGE_SECONDS) -> Iterator[None]:
+        """Announce work that the others may have to wait for: loading, compiling, evaluating."""
+        self.busy_seconds = seconds
+        try:
+            yield
+        finally:
+            self.busy_seconds = 0.0
 
 
 @dataclass(frozen=True, slots=True)

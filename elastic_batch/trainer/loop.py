@@ -111,7 +111,8 @@ class UpdateLoop:
     def _open(self) -> Update:
         self.machinery.optimizer.check()
         plan = self._plan_next()
-        self._phase_log.show(plan, self.engine.size)
+        if self.engine.rank == 0:
+            self._phase_log.show(plan, self.engine.size)
         self._recorder.begin_update()
         self._standing.stage = "compute"
         requests = plan.passes(rank=self.engine.rank, size=self.engine.size, width=self._progress.width)

@@ -41,6 +41,11 @@ class Outlets:
         self._file = None if file is None else MetricsFile(registry, file)
 
     @property
+    def run_id(self) -> str | None:
+        """The name of the run in the run directory."""
+        return self._directory.run_id if self._directory is not None else None
+
+    @property
     def checkpoint_events(self) -> WriterEvents:
         """What the writer of checkpoints tells the outlets."""
 

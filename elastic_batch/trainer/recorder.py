@@ -10,8 +10,10 @@ from typing import Any
 
 from elastic_batch.checkpoint import Checkpoint, CheckpointInfo, CheckpointStore, Manifest, check_fingerprint
 from elastic_batch.engines import Engine
+from elastic_batch.errors import RunDirectoryMissing
 from elastic_batch.failpoints import reach
 from elastic_batch.noise import NoiseScaleEstimator
+from elastic_batch.rundir import read_run_id
 from elastic_batch.schedule import Duration, Schedule, walk
 from elastic_batch.trainer.options import TrainerOptions
 from elastic_batch.trainer.outlets import Outlets
@@ -60,6 +62,24 @@ class Recorder:
         """Name of the newest checkpoint known to be good; workers other than the lead know an older one."""
         newest = self._saver.newest if self._saver is not None else None
         return newest.name if newest is not None else self._known_checkpoint
+
+    @property
+    def run_id(self) -> str | None:
+        """The name of the run in the run directory; None on other workers than the lead, or without a directory."""
+        return self._outlets.run_id if self._outlets is not None else None
+
+    def require_same_directory(self, run_id: str | None) -> None:
+        """See that this worker's run directory is the lead worker's: it may have to write there.
+
+        Args:
+            run_id: As the lead worker sees it; None: it does not say.
+
+        Raises:
+            RunDirectoryMissing: There is no run in it, or another one: this worker sees another file system.
+        """
+        path = self._options.run_dir
+        if run_id is not None and path is not None and read_run_id(path) != run_id:
+            raise RunDirectoryMissing(os.fspath(path))
 
     def checkpoint_known(self, name: str | None) -> None:
         """Note what another worker said to be the newest good checkpoint."""

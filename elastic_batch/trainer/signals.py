@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @contextmanager
-def stopping_on_signals(stop: Callable[[str], None]) -> Iterator[None]:
-    """While inside, call `stop(name of the signal)` at the first SIGINT, SIGTERM or SIGUSR1.
+def stopping_on_signals(stop: Callable[[str], None], numbers: Collection[signal.Signals] = STOPPING) -> Iterator[None]:
+    """While inside, call `stop(name of the signal)` at the first of some signals.
 
     After the first, the handlers that were there before are back, so that a second Ctrl-C interrupts at once. Outside
     the main thread, where Python allows no handlers, nothing is caught.
@@ -22,7 +22,7 @@ def stopping_on_signals(stop: Callable[[str], None]) -> Iterator[None]:
         yield
         return
 
-    previous = {number: signal.getsignal(number) for number in _STOPPING}
+    previous = {number: signal.getsignal(number) for number in numbers}
 
     def restore() -> None:
         for number, handler in previous.items():
@@ -34,7 +34,7 @@ def stopping_on_signals(stop: Callable[[str], None]) -> Iterator[None]:
         restore()
         stop(signal.Signals(number).name)
 
-    for number in _STOPPING:
+    for number in numbers:
         signal.signal(number, on_signal)
     try:
         yield

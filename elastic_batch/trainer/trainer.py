@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from elastic_batch.data import count_samples
-from elastic_batch.engines import Membership, SoloEngine, Standing, open_membership
+from elastic_batch.engines import Engine, Membership, SoloEngine, Standing, open_membership
 from elastic_batch.errors import MisusedTrainer, WorldBroken
 from elastic_batch.ghost import RunningStatistics
 from elastic_batch.gradients import GradientBuckets
@@ -36,6 +37,7 @@ from elastic_batch.trainer.precision import LossScaler, autocast
 from elastic_batch.trainer.progress import Progress
 from elastic_batch.trainer.recorder import Recorder
 from elastic_batch.trainer.saving import SavedState, Stateful
+from elastic_batch.trainer.signals import stopping_on_signals
 from elastic_batch.trainer.steering import SteeredOptimizer
 from elastic_batch.trainer.stochastic import PassRandomness
 from elastic_batch.trainer.update import Update
@@ -219,16 +221,17 @@ class Trainer:
         while True:
             self._standing.stage = "evaluate"
             try:
-                means = evaluate(
-                    engine,
-                    self.model,
-                    dataset,
-                    under_autocast,
-                    device=self._device,
-                    batch_size=batch_size or max(256, self.options.micro_batch_size),
-                    collate_fn=self.options.collate_fn,
-                    num_workers=self.options.num_workers,
-                )
+                with self._standing.busy():
+                    means = evaluate(
+                        engine,
+                        self.model,
+                        dataset,
+                        under_autocast,
+                        device=self._device,
+                        batch_size=batch_size or max(256, self.options.micro_batch_size),
+                        collate_fn=self.options.collate_fn,
+                        num_workers=self.options.num_workers,
+                    )
                 break
             except WorldBroken:
                 together = loop.enter_next_world(broken=True, evaluating=True)
@@ -279,7 +282,7 @@ class Trainer:
             precision=self.options.precision,
             max_grad_norm=self.options.max_grad_norm,
             on_non_finite=self.options.on_non_finite,
-            engine=worlds.first(),
+            engine=self._enter_first(worlds),
             source=source,
             buckets=GradientBuckets(self._optimizer.parameters),
             tally=Tally(self._device),
@@ -304,6 +307,19 @@ class Trainer:
             recorder=self._recorder,
         )
         return self._loop
+
+    def _enter_first(self, worlds: Worlds) -> Engine:
+        """Wait for a world. A worker that is told to end meanwhile leaves in good order: nobody counts it as lost."""
+        membership = self._membership
+        assert membership is not None
+        if not membership.is_elastic:
+            return worlds.first()
+
+        def leave(_: str) -> None:
+            membership.leave()
+
+        with stopping_on_signals(leave, [signal.SIGTERM]):
+            return worlds.first()
 
     def _run_share(self, update: Update, loss_fn: LossFn) -> None:
         for batch in update:

@@ -109,10 +109,12 @@ class Worlds:
         found = muster(engine, self._progress.whereabouts, evaluating=evaluating, device=self._device)
         is_new = max(found.all) == NOWHERE
         if is_new:
-            self._attempt(engine, lambda: self._take_up(engine.generation) if is_lead else None)
+            with self._standing.busy():
+                self._attempt(engine, lambda: self._take_up(engine.generation) if is_lead else None)
             found = muster(engine, self._progress.whereabouts, evaluating=evaluating, device=self._device)
         if not found.agreed:
-            self._take_over(engine, found)
+            with self._standing.busy():
+                self._take_over(engine, found)
         self._attempt(engine, lambda: self._recorder.enter(engine.generation, is_lead, self._progress, is_new=is_new))
         reach("sync.done")
         self._look_ahead()
@@ -164,11 +166,17 @@ class Worlds:
 
         def collect() -> dict[str, object]:
             checkpoint = self._recorder.last_checkpoint
-            return {"run": self._state.collect(), "checkpoint": checkpoint, **self._progress.to_state()}
+            return {
+                "run": self._state.collect(),
+                "checkpoint": checkpoint,
+                "run_id": self._recorder.run_id,
+                **self._progress.to_state(),
+            }
 
         received = hand_over(engine, found.source, collect, wanted=wanted, device=self._device)
         if received is None:
             return
+        self._recorder.require_same_directory(received["run_id"])
         self._progress.origin = -1  # until all of it is in place
         self._state.restore(received["run"])
         self._progress.take(received)

@@ -170,6 +170,7 @@ class Connection:
         async with connect(
             door.websocket_url,
             additional_headers=headers,
+            ssl=door.tls,
             open_timeout=_UNANSWERED_SECONDS,
             close_timeout=CLOSE_SECONDS,
             ping_interval=None,  # beats are ours

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import socket
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,17 @@ class Door:
     Args:
         url: `http://host:port` or `https://host:port`.
         token: What every request carries.
+        tls_cert: PEM file that is trusted for https; None: the machine's usual authorities.
     """
 
     url: str
     token: str
+    tls_cert: str | None = None
+
+    @property
+    def tls(self) -> ssl.SSLContext | None:
+        """How the connection is secured; None: it is not."""
+        return ssl.create_default_context(cafile=self.tls_cert) if self.url.startswith("https") else None
 
     @property
     def websocket_url(self) -> str:
@@ -93,7 +101,7 @@ class Credentials:
         token = announced.get("token") if self.token_file is None else _token(self.token_file)
         if not url or not token:
             raise InvalidSetting(COORDINATOR, url, "must be known, and its token too", f"Give {COORDINATOR}")
-        return Door(url, token)
+        return Door(url, token, announced.get("tls_cert"))
 
 
 def _announcement(path: Path) -> dict[str, str]:

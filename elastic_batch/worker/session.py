@@ -66,6 +66,7 @@ class Session:
         self._generation = -1
         self._members: tuple[str, ...] = ()
         self._entered = -1
+        self._formed_at = 0.0
         self._ready: Ready | None = None  # while this worker waits for a world
         self._form: Form | None = None
         self._over = -1  # the newest generation known to be over
@@ -93,7 +94,8 @@ class Session:
     def entered(self, engine: Engine) -> None:
         with self._changed:
             self._entered = engine.generation
-        self._connection.send(Entered(generation=engine.generation))
+        seconds = time.monotonic() - self._formed_at
+        self._connection.send(Entered(generation=engine.generation, sync_seconds=seconds))
 
     def wishes(self) -> Wishes:
         return Wishes(leave=self._leaves is not None, regroup=self._regroup >= self._generation, stop=self._stops)
@@ -148,6 +150,7 @@ class Session:
             position=standing.position,
             stage=standing.stage,
             num_micro_batches=standing.num_micro_batches,
+            busy_seconds=standing.busy_seconds,
         )
 
     def hear(self, message: FromCoordinator) -> None:
@@ -253,6 +256,7 @@ class Session:
                 forming_timeout=timeout,
             )
         reach("form.done")
+        self._formed_at = time.monotonic()
         with self._changed:
             self._engine = engine
             if self._over >= form.generation:
