@@ -129,7 +129,9 @@ def _await_plans(plans: Connection) -> None:
             failpoints.plan(plans.recv())
 
 
-def _worker_main(course: Course, run_dir: str, slot: str, plans: Connection, faults: str) -> None:
+def _worker_main(
+    course: Course, run_dir: str, slot: str, plans: Connection, faults: str, prepare: Callable[[], None] | None
+) -> None:
     log = os.open(f"{run_dir}/logs/{slot}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -139,6 +141,8 @@ def _worker_main(course: Course, run_dir: str, slot: str, plans: Connection, fau
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     os.environ.update(ELASTIC_BATCH_RUN_DIR=run_dir, ELASTIC_BATCH_SLOT=slot)
     os.environ[failpoints.RECORD] = f"{run_dir}/{FAULTS}"
+    if prepare is not None:
+        prepare()
     failpoints.plan(faults)
     threading.Thread(target=_await_plans, args=(plans,), daemon=True).start()
     code = 0
@@ -199,11 +203,11 @@ class Cluster:
             )
         self.wait_until(lambda: self.status() is not None, 20, "the coordinator answers")
 
-    def start_worker(self, slot: str, faults: str = "") -> BaseProcess:
-        """Start a warm worker."""
+    def start_worker(self, slot: str, faults: str = "", prepare: Callable[[], None] | None = None) -> BaseProcess:
+        """Start a warm worker; `prepare`, importable, is called in it first."""
         theirs, self._plans[slot] = warm_context().Pipe(duplex=False)
         process = warm_context().Process(
-            target=_worker_main, args=(self.course, str(self.run_dir), slot, theirs, faults), daemon=False
+            target=_worker_main, args=(self.course, str(self.run_dir), slot, theirs, faults, prepare), daemon=False
         )
         process.start()
         theirs.close()
