@@ -74,7 +74,7 @@ class CoordinatorClient:
         if run_dir is not None:
             raise InvalidSetting("run_dir", str(run_dir), "must hold the coordinator.json of an elastic run")
         raise InvalidSetting(
-            "run_dir", None, "must be known", f"Give --run-dir, or --url and --token-file, or set {RUN_DIR}"
+            "run_dir", None, "must be known", f"Give --run-dir, or --coordinator and --token-file, or set {RUN_DIR}"
         )
 
     def status(self) -> dict[str, Any]:
