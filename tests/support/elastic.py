@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import logging
 import multiprocessing
@@ -135,6 +136,7 @@ def _worker_main(
     log = os.open(f"{run_dir}/logs/{slot}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    faulthandler.register(signal.SIGUSR2)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # as in a process that was started by hand
 
@@ -274,8 +276,15 @@ class Cluster:
         deadline = time.monotonic() + timeout
         while not holds():
             if time.monotonic() > deadline:
+                self._dump_stacks()
                 raise AssertionError(f"not within {timeout} s: {what}\n{self.logs()}")
             time.sleep(0.01)
+
+    def _dump_stacks(self) -> None:
+        """Let each worker write to its log where it is."""
+        for slot in [slot for slot, process in self.workers.items() if _lives(process)]:
+            self.kill(slot, signal.SIGUSR2)
+        time.sleep(0.5)
 
     def end_states(self) -> list[dict[str, Any]]:
         """The state that each finished worker ended with."""
