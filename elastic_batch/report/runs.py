@@ -21,6 +21,7 @@ _COLUMNS = (
     "update", "position", "epoch", "phase", "global_batch_size", "learning_rate", "momentum", "noise_scale",
     "measured_noise_scale", "loss", "seconds",
 )  # fmt: skip
+_UNFINISHED = " (unfinished)"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Run:
         updates: A column for each field of an update's record, in order of updates; NaN where it was null.
         evaluations: `update` and `epoch` of the evaluations, and a column for each metric.
         baseline_updates: Updates of plain decay at the same settings; None if it is not known.
+        is_finished: Whether the run came to its end.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Run:
     updates: Mapping[str, Column]
     evaluations: Mapping[str, Column]
     baseline_updates: int | None
+    is_finished: bool = True
 
     @property
     def num_updates(self) -> int:
@@ -107,6 +110,11 @@ class Group:
         return self.runs[0].strategy
 
     @property
+    def is_finished(self) -> bool:
+        """Whether all of them came to their ends."""
+        return all(run.is_finished for run in self.runs)
+
+    @property
     def seeds(self) -> list[int]:
         """Their seeds, as far as known."""
         return sorted(run.seed for run in self.runs if run.seed is not None)
@@ -150,6 +158,7 @@ def load_run(path: Path) -> Run:
         updates=updates,
         evaluations=_columns(flat, ("update", "epoch", *metrics)),
         baseline_updates=summary.get("baseline_updates"),
+        is_finished=bool(summary.get("finished")),
     )
 
 
@@ -161,12 +170,17 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         groups.setdefault((run.name, run.strategy), []).append(run)
     made = [
         Group(
-            f"{name}: {strategy}" if several_names and strategy not in name else name if several_names else strategy,
-            members,
+            _label(name, strategy, several_names) + _UNFINISHED * any(not run.is_finished for run in members), members
         )
         for (name, strategy), members in groups.items()
     ]
     return sorted(made, key=lambda group: not is_baseline(group))
+
+
+def _label(name: str, strategy: str, several_names: bool) -> str:
+    if not several_names:
+        return strategy
+    return name if strategy in name else f"{name}: {strategy}"
 
 
 def is_baseline(group: Group) -> bool:

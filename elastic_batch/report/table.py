@@ -112,6 +112,8 @@ def _finals(group: Group, metric: str | None) -> np.ndarray[Any, np.dtype[np.flo
 
 
 def _baseline_updates(group: Group, baseline: Group | None) -> float | None:
+    if not group.is_finished or (baseline is not None and not baseline.is_finished):
+        return None  # a part of a run saves nothing
     if baseline is not None:
         return float(np.mean([run.num_updates for run in baseline.runs]))
     return group.runs[0].baseline_updates

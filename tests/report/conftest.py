@@ -47,7 +47,14 @@ def write_run(path: Path, strategy: str, seed: int, *, name: str = "synthetic", 
                     record = {"kind": "evaluation", "update": update, "position": position, "metrics": metrics}
                     run.record({**record, "epoch": position / NUM_SAMPLES})
         if finished:
-            summary = {"name": name, "strategy": strategy, "seed": seed, "updates": update, "baseline_updates": 3000}
+            summary = {
+                "name": name,
+                "strategy": strategy,
+                "seed": seed,
+                "updates": update,
+                "baseline_updates": 3000,
+                "finished": True,
+            }
             run.summarize({**summary, "metrics": {"accuracy": accuracy}})
     return path
 

@@ -71,7 +71,7 @@ def test_one_run_without_evaluations_that_was_cut_off_is_drawn_too(make_run: Mak
     (row,) = report.rows
     assert (row.metric, row.baseline_updates, row.difference, row.updates) == (None, None, None, 700)
     assert {path.stem for path in report.files} == {"schedule", "noise", "loss", "overview", "table"}
-    assert "| cut | - | 700 | - | 89 600 | - | - | - |" in (tmp_path / "report" / "table.md").read_text()
+    assert "| cut (unfinished) | - | 700 | - | 89 600 | - | - | - |" in (tmp_path / "report" / "table.md").read_text()
 
 
 def test_another_metric_may_be_asked_for(nine_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
