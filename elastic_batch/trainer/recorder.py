@@ -160,6 +160,7 @@ class Recorder:
             "gradient_norm": update.gradient_norm,
             "skipped": update.was_skipped,
             "seconds": seconds,
+            "step_seconds": update.step_seconds,
             "samples_per_second": update.global_batch_size / seconds if seconds > 0 else math.nan,
             "world_size": engine.size,
             "generation": engine.generation,

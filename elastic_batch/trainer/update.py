@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum
@@ -87,6 +88,7 @@ class Update:
         self._awaits_backward = False
         self._mean_check: MeanCheck | None = None
         self._draws: PassDraws | None = None
+        self._marks = [time.monotonic()]
         machinery.buckets.begin()
         machinery.tally.begin()
         machinery.statistics.begin()
@@ -216,6 +218,7 @@ class Update:
             return self._after_break()
         if not self.is_settled and self._num_done < len(self._requests):
             self.fail(MisusedTrainer("update.step() was called before every batch of the update was run"))
+        self._marks.append(time.monotonic())
         try:
             header, statistics = self._reduce()
         except WorldBroken as error:
@@ -228,8 +231,16 @@ class Update:
         if header.num_failed:
             self.outcome = Outcome.VOID
             return False
+        self._marks.append(time.monotonic())
         self._commit(header, statistics)
         return True
+
+    @property
+    def step_seconds(self) -> dict[str, float]:
+        """Time of this worker's share, of waiting for the reductions, and since: the commit. While it commits."""
+        started, computed, reduced = self._marks
+        now = time.monotonic()
+        return {"compute": computed - started, "reduce": reduced - computed, "commit": now - reduced}
 
     def _num_samples(self, request: PassRequest) -> int:
         return request.num_micro_batches * self.plan.micro_batch_size
