@@ -58,6 +58,17 @@ class NoNextWorld(WorldBroken):
     """A world broke, and there is nobody who could form another one."""
 
 
+class NoWorkers(ElasticBatchError):
+    """No world could start in the time that was given for it."""
+
+    def __init__(self, seconds: float, found: str) -> None:
+        self.seconds = seconds
+        super().__init__(
+            f"no world started within {seconds:g} s: {found}. Start workers with elastic-batch worker --run-dir DIR, "
+            "lower --min-workers, or give more time with --start-seconds"
+        )
+
+
 class Refusal(ElasticBatchError):
     """The coordinator does not let this worker take part."""
 

@@ -29,6 +29,9 @@ _FILE = click.Path(path_type=Path)
 @click.option("--allow-host", "allowed_hosts", metavar="NAME", multiple=True, help="Another name of it; repeatable.")
 @click.option("--min-workers", default=1, show_default=True, help="A world starts with at least so many.")
 @click.option("--max-workers", type=int, help="And never has more; default: no limit.")
+@click.option(
+    "--start-seconds", default=_DEFAULTS.start, help="Fail if no world has started by then; default: wait for ever."
+)
 @click.option("--spares", default=0, show_default=True, help="Workers in step without work, to take over at once.")
 @click.option("--token-file", type=_FILE, metavar="FILE", help="File with the token; default: one is made.")
 @click.option("--tls-cert", type=_FILE, metavar="FILE", help="PEM certificate with its chain.")

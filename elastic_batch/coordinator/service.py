@@ -14,6 +14,7 @@ from elastic_batch.coordinator.decisions import Decisions
 from elastic_batch.coordinator.journal import JournalUnusable
 from elastic_batch.coordinator.reception import Reception
 from elastic_batch.coordinator.run import COMPLETE, Run
+from elastic_batch.errors import NoWorkers
 from elastic_batch.protocol import Leave, Stop
 
 logger = logging.getLogger(__name__)
@@ -51,9 +52,17 @@ class Service:
         self._complained_at = -float("inf")
 
     async def serve(self) -> str:
-        """Drive the run until it is over and its workers are gone. Returns why it is over."""
+        """Drive the run until it is over and its workers are gone. Returns why it is over.
+
+        Raises:
+            NoWorkers: No world started in time.
+        """
+        started_at = self.run.clock()
         while not self._is_done():
             self._tick()
+            state, limit = self.run.state, self.run.membership.start
+            if state.world is None and state.ended is None and self.run.clock() - started_at > limit:
+                raise NoWorkers(limit, self.run.reason)
             await asyncio.sleep(TICK_SECONDS)
         assert self.run.state.ended is not None
         return self.run.state.ended

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
@@ -25,6 +26,7 @@ class MembershipConfig:
         settle: How long a broken connection is not yet a loss, so that many that break at once are seen together.
         orphan_grace: How long a lost world is waited for before another one starts without any of its members.
         stall: How long a worker may keep all others waiting, at least; beyond, ten median updates.
+        start: How long the first world is waited for; beyond, the job fails.
         crashes: So many losses of one slot within `crash_window` cool it down. So many worlds in a row that fail to
             form hold a worker off that never trained.
         crash_window: See `crashes`.
@@ -42,6 +44,7 @@ class MembershipConfig:
     settle: float = 0.02
     orphan_grace: float = 60.0
     stall: float = 30.0
+    start: float = math.inf
     crashes: int = 3
     crash_window: float = 60.0
     cool_down: float = 30.0

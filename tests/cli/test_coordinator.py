@@ -120,3 +120,12 @@ def test_a_damaged_journal_is_one_message_and_exit_code_1(tmp_path: Path, capsys
     shown = capsys.readouterr().err
     assert "is damaged" in shown
     assert "Traceback" not in shown
+
+
+def test_without_workers_in_the_stated_time_it_says_so_and_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["coordinator", "--run-dir", str(tmp_path), "--start-seconds", "0.3", "--min-workers", "2"], {}) == 1
+    error = capsys.readouterr().err
+    assert "no world started within 0.3 s: 0 of at least 2 workers are ready" in error
+    assert "elastic-batch worker" in error
