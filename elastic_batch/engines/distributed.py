@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import deque
 from contextlib import suppress
 from datetime import timedelta
 from functools import cache
@@ -20,6 +23,11 @@ from elastic_batch.errors import WorldBroken
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 """How long a collective may take before the world counts as broken; a worker's compute may be that much later than
 another's."""
+_LOOK_AROUND = timedelta(seconds=0.5)
+"""How often a wait looks whether the world was aborted. It ends by itself when the connections do, at once, but gloo may
+lose an operation whose connection breaks while it is handed on: its wait would last for the whole timeout."""
+_ENDING_SECONDS = 0.1
+"""How long the collectives of an aborted world may take to end before they are left to themselves."""
 
 
 class DistributedEngine:
@@ -37,6 +45,7 @@ class DistributedEngine:
         self._backend = backend
         self._sockets = sockets or {}
         self._aborted = False
+        self._works: deque[dist.Work] = deque(maxlen=64)  # the last ones launched
         self.generation = generation
         self.rank = group.rank()
         self.size = group.size()
@@ -139,6 +148,10 @@ class DistributedEngine:
 
     def close(self) -> None:
         group, self._group, self._sockets = self._group, None, {}
+        if self._aborted and self._backend == "gloo" and (lost := self._still_pending()):
+            # The group's end would wait for them.
+            threading.Thread(target=_outlive, args=(group, lost), name="elastic-batch lost world", daemon=True).start()
+            return
         # A group made by `form` is in none of torch's registries: it ends with its last reference.
         if isinstance(group, dist.ProcessGroup):
             with suppress(RuntimeError, ValueError, AssertionError):
@@ -152,9 +165,34 @@ class DistributedEngine:
     def _launch(self, collective: str, tensor: Tensor, options: object) -> Handle:
         self.check()
         try:
-            return _Pending(self, getattr(self._group, collective)([tensor], options))
+            work = getattr(self._group, collective)([tensor], options)
         except RuntimeError as error:
             raise WorldBroken(_first_line(error), self.generation) from None
+        self._works.append(work)
+        return _Pending(self, work)
+
+    def wait_for(self, work: dist.Work) -> None:
+        """Wait for a collective; raises RuntimeError if it failed."""
+        if self._backend != "gloo":
+            work.wait()
+            return
+        while True:
+            try:
+                work.wait(_LOOK_AROUND)
+                return
+            except RuntimeError:
+                if work.is_completed():
+                    raise
+            self.check()
+
+    def _still_pending(self) -> list[dist.Work]:
+        deadline = time.monotonic() + _ENDING_SECONDS
+        while pending := [work for work in self._works if not work.is_completed()]:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.001)
+        self._works.clear()
+        return pending
 
 
 class _Pending:
@@ -165,11 +203,18 @@ class _Pending:
 
     def wait(self) -> None:
         try:
-            self._work.wait()
+            self._engine.wait_for(self._work)
         except RuntimeError as error:
             # The cause is dropped on purpose: its traceback would keep the process group, hence its connections, alive.
             raise WorldBroken(_first_line(error), self._engine.generation) from None
         self._engine.check()
+
+
+def _outlive(group: object, works: list[dist.Work]) -> None:
+    """Keep a group until its last collectives are over."""
+    for work in works:
+        with suppress(RuntimeError):
+            work.wait()
 
 
 def _first_line(error: BaseException) -> str:

@@ -165,8 +165,10 @@ class Trial:
         ranked = [worker for worker in status["workers"] if worker["rank"] is not None]
         return [worker["slot"] for worker in sorted(ranked, key=lambda worker: worker["rank"])]
 
-    def _known(self) -> list[str]:
-        return [worker["slot"] for worker in (self.cluster.status() or {"workers": []})["workers"]]
+    def _can_be_told_to_end(self) -> bool:
+        workers = (self.cluster.status() or {"workers": []})["workers"]
+        staying = {worker["slot"] for worker in workers if worker["state"] != "draining"}
+        return staying.issuperset(self.living())
 
     def living(self) -> list[str]:
         """The slots whose processes live; it is checked how the others ended."""
@@ -192,8 +194,8 @@ class Trial:
         assert self.cluster.coordinator is not None
         if self.cluster.coordinator.poll() is not None:
             self.cluster.start_coordinator()
-        # One that has not come so far dies of a SIGTERM like any program.
-        self.wait(lambda: set(self.living()) <= set(self._known()), PATIENCE_SECONDS, "all workers are known")
+        # One that has not come so far dies of a SIGTERM like any program, and one that leaves dies of a second one.
+        self.wait(self._can_be_told_to_end, PATIENCE_SECONDS, "all workers are known and none leaves")
         living, world = self.living(), self.by_rank()
         surplus = sorted(living, key=lambda slot: world.index(slot) if slot in world else len(world))[size:]
         for slot in surplus:
@@ -209,6 +211,7 @@ class Trial:
         for _ in range(size - len(living)):
             self.start_worker()
         status = self.cluster.status()
+        assert status is None or status["ended"] is None, f"the job ended early\n{self.cluster.logs()}"
         if status is None or status["phase"] != "running" or not self.tail.lines:
             return False
         ranked = [worker for worker in status["workers"] if worker["rank"] is not None]

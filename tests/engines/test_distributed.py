@@ -1,0 +1,55 @@
+"""What an engine makes of collectives that never end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+
+from elastic_batch.engines import DistributedEngine
+from elastic_batch.errors import WorldBroken
+
+
+class LostWork:
+    """A collective that is lost: it neither ends nor fails before its own timeout."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+
+    def is_completed(self) -> bool:
+        return self.over.is_set()
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        if not self.over.wait(None if timeout is None else timeout.total_seconds()):
+            raise RuntimeError("Operation timed out!")
+
+
+class GroupThatLosesWork:
+    def __init__(self) -> None:
+        self.work = LostWork()
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 2
+
+    def allreduce(self, _: list[torch.Tensor], options: Any) -> LostWork:
+        return self.work
+
+
+def test_abort_ends_the_wait_for_a_lost_collective() -> None:
+    group = GroupThatLosesWork()
+    engine = DistributedEngine(group, "gloo", generation=3)
+    handle = engine.all_reduce(torch.zeros(1))
+    threading.Timer(0.1, engine.abort).start()
+    since = time.monotonic()
+    with pytest.raises(WorldBroken):
+        handle.wait()
+    engine.close()
+    assert time.monotonic() - since < 1.5
+    group.work.over.set()
