@@ -20,6 +20,7 @@ from elastic_batch.protocol import (
     Entered,
     FromWorker,
     Hello,
+    Leave,
     Leaving,
     Progress,
     Ready,
@@ -147,6 +148,8 @@ class Reception:
                 run.connections.tell([name], Regroup(generation=world.generation, reason=world.regroup))
             if run.stop_reason is not None:
                 run.connections.tell([name], Stop(reason=run.stop_reason))
+        if run.state.workers[name].leaving:
+            run.connections.tell([name], Leave(reason="drained on request"))
         if run.state.ended is not None and not events.is_inside(run.state, name):
             run.connections.tell([name], End(reason=run.state.ended))
 
@@ -191,8 +194,7 @@ class Reception:
         logger.info("worker %s ends: %s", name, bye.text or bye.reason)
         if bye.reason == "failed":
             self._decisions.rescale.noticed(now)
-            if name in state.workers:
-                events.lost(state, now, name, run.membership)
+            events.exited(state, now, name, run.membership)
         else:
             events.left(state, now, name)
         run.connections.remove(name, connection)

@@ -159,7 +159,7 @@ class Service:
             self._over = world.generation
             with contextlib.suppress(JournalUnusable):
                 run.journal.world_is_over(world.generation)
-        if run.stop_reason is not None and state.ended is None and not state.workers and state.orphaned_at is None:
+        if run.stop_reason is not None and state.ended is None and not state.workers and self._is_out_of_reach():
             state.ended = f"stopped: {run.stop_reason}"
         if state.ended is None:
             self._ended_at, self._told_end = None, False
@@ -176,6 +176,11 @@ class Service:
         """Whether certainly no worker is in the newest world any more, seen or unseen."""
         state = self.run.state
         return state.ended is not None or (state.orphaned_at is None and not events.inside(state))
+
+    def _is_out_of_reach(self) -> bool:
+        """Whether nobody is in the last world any more, or all of it has been out of sight for long."""
+        orphaned_at = self.run.state.orphaned_at
+        return orphaned_at is None or self._now() - orphaned_at >= self.run.membership.orphan_grace
 
     def _is_done(self) -> bool:
         if self._ended_at is None or not self._told_end:

@@ -24,7 +24,7 @@ DEFAULT_TIMEOUT = timedelta(minutes=10)
 """How long a collective may take before the world counts as broken; a worker's compute may be that much later than
 another's."""
 _LOOK_AROUND = timedelta(seconds=0.5)
-"""How often a wait looks whether the world was aborted. It ends by itself when the connections do, at once, but gloo may
+"""How often a wait looks whether the world was aborted. It ends by itself, at once, when connections do, but gloo may
 lose an operation whose connection breaks while it is handed on: its wait would last for the whole timeout."""
 _ENDING_SECONDS = 0.1
 """How long the collectives of an aborted world may take to end before they are left to themselves."""

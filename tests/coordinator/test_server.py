@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.coordinators import Serving, serving
+from support.coordinators import PATIENCE_SECONDS, Serving, serving
 from support.fake_worker import FakeWorker, connected, greeted
 from websockets.exceptions import ConnectionClosed
 
@@ -117,6 +117,34 @@ def test_a_drained_worker_leaves_and_the_rest_goes_on(tmp_path: Path) -> None:
             assert "b leaves" in (await a.hear(Regroup)).reason
             await asyncio.gather(a.ready(form.generation), b.bye("left"))
             assert (await a.hear(Form)).members == ("a",)
+
+    asyncio.run(scenario())
+
+
+def test_a_drained_worker_that_was_out_of_sight_hears_of_it_when_it_is_back(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, settle=PATIENCE_SECONDS) as coordinator, connected(tmp_path, "a") as a:
+            await a.ready()
+            form = await a.enter()
+            await coordinator.until(lambda status: status["phase"] == "running")
+            await a.socket.close()
+            await coordinator.until(lambda status: status["workers"][0]["state"] == "lost")
+            assert (await coordinator.http.post("/workers/a/drain")).status_code == 200
+            async with connected(tmp_path, "a", generation=form.generation, members=form.members) as back:
+                await back.hear(Leave)
+
+    asyncio.run(scenario())
+
+
+def test_nobody_waits_for_a_worker_that_said_that_it_failed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, orphan_grace=1000.0), connected(tmp_path, "a") as a:
+            await a.ready()
+            await a.enter()
+            await a.bye("failed")
+            async with connected(tmp_path, "b") as b:
+                await b.ready()
+                assert (await b.hear(Form)).members == ("b",)
 
     asyncio.run(scenario())
 
@@ -351,6 +379,18 @@ def test_a_stop_reaches_the_world_and_ends_the_run_resumably(tmp_path: Path) -> 
         async with serving(tmp_path), connected(tmp_path, "c") as again:  # nobody of the old world is waited for
             await again.ready()
             assert (await again.hear(Form)).members == ("c",)
+
+    asyncio.run(scenario())
+
+
+def test_a_stop_does_not_wait_for_ever_for_workers_out_of_sight(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, orphan_grace=0.2) as coordinator:
+            async with connected(tmp_path, "a") as a:
+                await a.ready()
+                await a.enter()
+                await coordinator.http.post("/stop", json={"reason": "enough"})
+            assert await coordinator.outcome() == "stopped"
 
     asyncio.run(scenario())
 
