@@ -6,6 +6,7 @@ import logging
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NoReturn
 
 from elastic_batch.engines import Departure, Engine, Membership, Standing, Wishes
 from elastic_batch.errors import LeftWorld, MisusedTrainer, WorkerFailed, WorkersDiverged, WorldBroken
@@ -101,6 +102,8 @@ class UpdateLoop:
                     self._settle(update)
                 self._conclude()
                 concluded = True
+                if self._everybody_left and not self.finished:
+                    self._say_goodbye()
             except GeneratorExit:
                 progress.stop_reason = "the loop over the updates was left"
                 raise
@@ -223,6 +226,9 @@ class UpdateLoop:
         reach("leave.start")
         self._recorder.close()
         self.engine.close()
+        self._say_goodbye()
+
+    def _say_goodbye(self) -> NoReturn:
         self._standing.ended = "left"
         self._membership.close()
         raise LeftWorld("this worker was told to leave", job_is_complete=False)

@@ -32,6 +32,8 @@ QUICK = (
     "1",
 )
 LEFT = 75
+AT_MOST_ONE = 1
+"""Repeated updates after a loss: the one that a lost worker had committed and its world had not."""
 
 Start = Callable[..., Cluster]
 
@@ -113,7 +115,7 @@ def test_a_worker_is_killed_and_another_one_takes_its_place(start: Start, rank: 
     cluster.kill(_by_rank(cluster)[rank])
     cluster.start_worker("w3")
     _wait_for_world(cluster, 2)
-    assert _finish(cluster) == 0
+    assert _finish(cluster) <= AT_MOST_ONE
 
 
 def test_two_of_three_workers_are_killed_at_once(start: Start) -> None:
@@ -122,7 +124,7 @@ def test_two_of_three_workers_are_killed_at_once(start: Start) -> None:
     _wait_for_world(cluster, 3)
     for slot in _by_rank(cluster)[:2]:
         cluster.kill(slot)
-    assert _finish(cluster) == 0
+    assert _finish(cluster) <= AT_MOST_ONE
 
 
 def test_more_workers_join_where_the_batch_grows(start: Start) -> None:
@@ -154,7 +156,7 @@ def test_a_stopped_worker_finds_that_it_was_replaced_and_joins_anew(start: Start
     cluster.kill(stopped, signal.SIGCONT)
     _wait_for_world(cluster, 3)
     assert stopped in _by_rank(cluster)
-    assert _finish(cluster) == 0
+    assert _finish(cluster) <= AT_MOST_ONE
 
 
 def test_training_goes_on_while_the_coordinator_is_away(start: Start) -> None:
@@ -176,7 +178,7 @@ def test_a_worker_cut_off_from_the_coordinator_comes_back(start: Start) -> None:
     cluster.wait_until(lambda: bool(cluster.happened()), 20, "it is cut off")
     _wait_for_world(cluster, 2)
     assert slot in _by_rank(cluster)
-    assert _finish(cluster) == 0
+    assert _finish(cluster) <= AT_MOST_ONE
 
 
 def test_when_all_are_killed_the_next_worker_resumes_the_newest_checkpoint(start: Start) -> None:
@@ -208,7 +210,7 @@ def test_a_worker_is_killed_while_all_evaluate(start: Start) -> None:
     cluster.kill(_by_rank(cluster)[1])
     cluster.start_worker("w3")
     _wait_for_world(cluster, 2)
-    assert _finish(cluster) == 0
+    assert _finish(cluster) <= AT_MOST_ONE
     records = (cluster.run_dir / "metrics.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in records if '"evaluation"' in line]
     assert len(found) >= 30
