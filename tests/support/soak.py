@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import time
 from collections import defaultdict
@@ -38,13 +39,16 @@ class Soak:
         """Run trials until a moment of the monotonic clock. Returns whether all is done."""
         while (waiting := self._waiting()) and time.monotonic() < deadline:
             number = len(self.trials)
-            with Trial(self._folder / f"trial-{number}-{time.time_ns()}", JOBS[number % len(JOBS)]) as trial:
+            folder = self._folder / f"trial-{number}"
+            shutil.rmtree(folder, ignore_errors=True)  # of one that failed or was interrupted
+            with Trial(folder, JOBS[number % len(JOBS)]) as trial:
                 for cell, repetition in waiting:
                     if not trial.has_room or time.monotonic() > deadline:
                         break
                     cell.strike(trial, cell.name, repetition)
                 verdict = asdict(trial.finish())
             self.trials.append({**verdict, "job": trial.job})
+            shutil.rmtree(folder)
             write_file(self._state, "".join(json.dumps(each) + "\n" for each in self.trials).encode())
         return not self._waiting()
 
@@ -63,8 +67,10 @@ class Soak:
         for recovery in self.recoveries:
             met[recovery["cell"]] += 1
         all_cells = cells()
-        times = max(TIMES, -(-NUM_FAULTS // len(all_cells)))
-        return [(cell, round_) for round_ in range(times) for cell in all_cells if met[cell.name] <= round_]
+        num_rounds = max(TIMES, -(-NUM_FAULTS // len(all_cells)))
+        wanted = [(cell, round_) for round_ in range(num_rounds) for cell in all_cells]
+        wanted = wanted[: max(NUM_FAULTS, TIMES * len(all_cells))]
+        return [(cell, round_) for cell, round_ in wanted if met[cell.name] <= round_]
 
 
 def table(soak: Soak) -> str:
