@@ -178,6 +178,9 @@ class Connection:
             compression=None,
             proxy=None,
         ) as connection:
+            # Else a beat that a cut cable swallowed is sent again ever more rarely, for a quarter of an hour.
+            wire: socket.socket = connection.transport.get_extra_info("socket")
+            wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * _UNANSWERED_SECONDS))
             await connection.send(self._hello(connection).model_dump_json())
             async with asyncio.timeout(_UNANSWERED_SECONDS):
                 greeting = parse_from_coordinator(await connection.recv())

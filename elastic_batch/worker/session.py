@@ -42,8 +42,8 @@ logger = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 0.1
 """Between two reports of progress, unless the next update asks for another number of workers."""
-_PATIENCE_SECONDS = 30.0
-"""How often a wait says that it still waits."""
+_FIRST_PATIENCE_SECONDS, _PATIENCE_SECONDS = 2.0, 30.0
+"""After how long a wait says that it still waits, and how often from then on."""
 
 
 class Session:
@@ -209,11 +209,13 @@ class Session:
             self._engine, self._ready = None, ready
         reach("join.ready")
         self._connection.send(ready)
+        patience = _FIRST_PATIENCE_SECONDS
         with self._changed:
             while (form := self._form) is None:
                 self._raise_if_unwanted()
-                if not self._changed.wait(_PATIENCE_SECONDS):
+                if not self._changed.wait(patience):
                     logger.warning("still waiting for a world; the coordinator is %s", self._connection.condition)
+                    patience = _PATIENCE_SECONDS
             self._form, self._ready = None, None
             self._generation, self._members = form.generation, form.members
             self._engine = Formation()
