@@ -97,7 +97,10 @@ class GradientBuckets:
                 failure = error.with_traceback(None)
         self._handles = []
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                failure = None  # or this frame and the error hold each other, and the update's batches with them
 
     def norms(self) -> list[Tensor]:
         """Each bucket's Euclidean norm, as 0-dim tensors of the bucket's type."""

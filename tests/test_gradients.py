@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -184,3 +187,25 @@ def test_every_handle_is_waited_for_when_one_fails() -> None:
         buckets.wait()
     assert waited == launched
     assert len(waited) > 1
+
+
+def test_a_failed_wait_is_freed_without_the_garbage_collector() -> None:
+    class Failing(SoloEngine):
+        def all_reduce(self, tensor: Tensor) -> Handle:
+            return self
+
+        def wait(self) -> None:
+            raise WorldBroken("gone", 0)
+
+    buckets = GradientBuckets(Branching().parameters())
+    buckets.begin()
+    buckets.flush(Failing())
+    gc.disable()
+    try:
+        try:
+            buckets.wait()
+        except WorldBroken as error:
+            kept = weakref.ref(error)
+        assert kept() is None
+    finally:
+        gc.enable()

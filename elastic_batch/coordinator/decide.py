@@ -106,10 +106,16 @@ def _silent_or_gone(now: float, state: State, config: MembershipConfig) -> Evict
             if 0 <= worker.generation < state.generation and not worker.ready:
                 return Evict(worker.name, f"worker {worker.name} is still in generation {worker.generation}")
             continue
-        grace = (config.reconnect_grace if patient else config.settle) if worker.name in names else 0.0
+        grace = (_grace(state, config) if patient else config.settle) if worker.name in names else 0.0
         if now - worker.disconnected_at >= grace:
             return Evict(worker.name, f"worker {worker.name} was lost: its connection ended")
     return None
+
+
+def _grace(state: State, config: MembershipConfig) -> float:
+    """How long workers out of sight may take to come back; less where others wait for the next world already."""
+    is_over = state.world is not None and state.world.phase is Phase.ENDING
+    return min(config.reconnect_grace, config.return_grace) if is_over else config.reconnect_grace
 
 
 def _why_over(state: State, world: World) -> str | None:

@@ -23,6 +23,8 @@ class MembershipConfig:
         gather: How long the workers of an ended world have to come to the next one.
         form: How long forming a world and agreeing on its state may take.
         reconnect_grace: How long broken connections are waited for when many break at once, or after a restart.
+        return_grace: The same while others wait for the next world: a little more than a worker's longest pause
+            between two tries to connect.
         settle: How long a broken connection is not yet a loss, so that many that break at once are seen together.
         orphan_grace: How long a lost world is waited for before another one starts without any of its members.
         stall: How long a worker may keep all others waiting, at least; beyond, ten median updates.
@@ -41,6 +43,7 @@ class MembershipConfig:
     gather: float = 10.0
     form: float = 30.0
     reconnect_grace: float = 5.0
+    return_grace: float = 1.5
     settle: float = 0.02
     orphan_grace: float = 60.0
     stall: float = 30.0

@@ -178,6 +178,17 @@ def test_members_that_do_not_come_back_after_a_restart_are_given_up() -> None:
     assert service.world.generation == 6
 
 
+def test_members_are_waited_for_less_long_where_others_already_wait_for_the_next_world() -> None:
+    service = recovered("a", "b")
+    assert back(service, "a")
+    service.ready("a", broken=True)
+    assert service.settle() == [EndWorld("worker a found the world broken")]
+    assert service.after(1.4) == []
+    evict, form = service.after(0.2)
+    assert evict == Evict("b", "worker b was lost: its connection ended")
+    assert isinstance(form, FormWorld)
+
+
 @pytest.mark.parametrize("generation", [0, 5], ids=["nothing is known", "only the number is known"])
 def test_without_a_journal_the_world_is_taken_over_from_what_a_worker_reports(generation: int) -> None:
     service = Service(FOUR, State(generation=generation))
