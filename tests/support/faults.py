@@ -271,7 +271,8 @@ def _all_told_to_end(trial: Trial, cell: str, repetition: int) -> None:
     for slot in world:
         trial.cluster.kill(slot, signal.SIGTERM)
     trial.wait(lambda: not trial.living(), PATIENCE_SECONDS, "all have left")
-    update, generation = trial.tail.before(monotonic())
+    _, generation = trial.tail.before(monotonic())
+    update = max(line["update"] for line in trial.tail.lines if line["generation"] == generation)
     trial.start_worker()
     detect = monotonic() - moment + PATIENCE_SECONDS / 6
     trial.recovers(cell, f"all {len(world)}; another one is started", moment, after_loss(detect))
