@@ -12,8 +12,8 @@ from elastic_batch.failpoints import ACTIONS
 
 STEADY = ("compute.pass", "reduce.start", "reduce.header", "commit.start", "commit.done")
 FORMING = ("join.ready", "form.start", "form.done", "sync.start", "sync.done", "transfer.tensor")
-NUM_TENSORS = 16
-"""Tensors of the state that a source sends: those of `digits` (17) but the last, which is as many as `tokens` has."""
+NUM_TENSORS = {"digits": 13, "tokens": 17}
+"""Tensors of each job's state, which a source sends."""
 SECONDS = {"stop": CONFIG.eviction + 1.0, "slow": 0.4, "partition": 0.5, "kill": 0.0, "leave": 0.0}
 """How long each action lasts: one that is stopped wakes after it was given up."""
 AFTER_RESTART = RECONNECT_SECONDS + CONFIG.reconnect_grace
@@ -42,7 +42,7 @@ def cells() -> list[Cell]:
     found += [Cell(f"{action} at {place}", _forming(place, action)) for place in FORMING for action in ACTIONS]
     found += [Cell(f"{action} at checkpoint.start", _at_checkpoint(action)) for action in ACTIONS]
     found += [Cell(f"{action} at leave.start", _at_leaving(action)) for action in ACTIONS if action != "leave"]
-    found += [Cell(f"source killed at tensor {count}", _source_killed(count)) for count in range(1, NUM_TENSORS + 1)]
+    found += [Cell(f"source killed at tensor {count}", _source_killed(count)) for count in range(1, max(NUM_TENSORS.values()) + 1)]
     return [
         *found,
         Cell("coordinator killed while training", _coordinator_killed),
@@ -147,7 +147,8 @@ def _source_killed(count: int) -> Strike:
         size = 1 + repetition % 2
         source, before = trial.bring_to(size)[0], len(trial.cluster.happened())
         trial.may_die(source)
-        trial.cluster.arm(source, _text("transfer.tensor", count, "kill"))
+        # Where the state has fewer, the source dies at the last.
+        trial.cluster.arm(source, _text("transfer.tensor", min(count, NUM_TENSORS[trial.job]), "kill"))
         trial.start_worker()
         moment = trial.await_faults_after(before)
         # Where the source was the only one with a state, the joiner starts from the newest checkpoint.
