@@ -42,7 +42,8 @@ def cells() -> list[Cell]:
     found += [Cell(f"{action} at {place}", _forming(place, action)) for place in FORMING for action in ACTIONS]
     found += [Cell(f"{action} at checkpoint.start", _at_checkpoint(action)) for action in ACTIONS]
     found += [Cell(f"{action} at leave.start", _at_leaving(action)) for action in ACTIONS if action != "leave"]
-    found += [Cell(f"source killed at tensor {count}", _source_killed(count)) for count in range(1, max(NUM_TENSORS.values()) + 1)]
+    counts = range(1, max(NUM_TENSORS.values()) + 1)
+    found += [Cell(f"source killed at tensor {count}", _source_killed(count)) for count in counts]
     return [
         *found,
         Cell("coordinator killed while training", _coordinator_killed),
