@@ -366,6 +366,8 @@ class Update:
 
     def _break(self, error: WorldBroken) -> None:
         self._awaits_backward = False
+        # What the error came from has frames that lead back to this update: its batches would outlive it for long.
+        error.__context__ = None
         self.error = error.with_traceback(None)
         self.outcome = Outcome.BROKEN
 
