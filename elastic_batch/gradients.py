@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 from elastic_batch.engines import Engine, Handle
-from elastic_batch.errors import MisusedTrainer
+from elastic_batch.errors import MisusedTrainer, WorldBroken
 
 DEFAULT_BUCKET_BYTES = 25 * 2**20
 
@@ -176,7 +176,21 @@ class GradientBuckets:
         if self._norms is not None:
             self._norms.append(torch.linalg.vector_norm(flat))
         self._next_launch += 1
-        self._handles.append(engine.all_reduce(flat))
+        try:
+            self._handles.append(engine.all_reduce(flat))
+        except WorldBroken as error:
+            # Not raised here: an error that leaves a hook leaves autograd's graph behind, with the batch that it saved.
+            self._handles.append(_NeverLaunched(error.with_traceback(None)))
+
+
+class _NeverLaunched:
+    """The handle of a reduction whose launch failed."""
+
+    def __init__(self, error: WorldBroken) -> None:
+        self._error = error
+
+    def wait(self) -> None:
+        raise self._error
 
 
 def _hook(parameter: Parameter, call: Callable[[Tensor], None]) -> RemovableHandle:
