@@ -190,7 +190,9 @@ class Cluster:
             (run_dir / name).mkdir(parents=True, exist_ok=True)
 
     def start_coordinator(self, faults: str = "") -> None:
-        """Start it, or start it again, and wait until it answers."""
+        """Start it, or start it again when it has ended, and wait until it answers."""
+        if self.coordinator is not None:
+            self.coordinator.wait(10)
         with (self.run_dir / "logs" / "coordinator.log").open("ab") as log:
             self.coordinator = subprocess.Popen(
                 (sys.executable, "-m", "elastic_batch", "coordinator", "--run-dir", str(self.run_dir), *self._words),

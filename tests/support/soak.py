@@ -30,7 +30,7 @@ class Soak:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._state = folder / "trials.jsonl"
+        self._state, self._failures = folder / "trials.jsonl", folder / "failures.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         text = self._state.read_text() if self._state.exists() else ""
         self.trials: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
@@ -41,16 +41,27 @@ class Soak:
             number = len(self.trials)
             folder = self._folder / f"trial-{number}"
             shutil.rmtree(folder, ignore_errors=True)  # of one that failed or was interrupted
-            with Trial(folder, JOBS[number % len(JOBS)]) as trial:
-                for cell, repetition in waiting:
-                    if not trial.has_room or time.monotonic() > deadline:
-                        break
-                    cell.strike(trial, cell.name, repetition)
-                verdict = asdict(trial.finish())
+            try:
+                with Trial(folder, JOBS[number % len(JOBS)]) as trial:
+                    for cell, repetition in waiting:
+                        if not trial.has_room or time.monotonic() > deadline:
+                            break
+                        cell.strike(trial, cell.name, repetition)
+                    verdict = asdict(trial.finish())
+            except Exception as error:
+                # The next attempt must not hide it.
+                with self._failures.open("a") as failures:
+                    failures.write(json.dumps({"trial": number, "error": str(error)[:2000]}) + "\n")
+                raise
             self.trials.append({**verdict, "job": trial.job})
             shutil.rmtree(folder)
             write_file(self._state, "".join(json.dumps(each) + "\n" for each in self.trials).encode())
         return not self._waiting()
+
+    @property
+    def num_failed(self) -> int:
+        """How many runs failed, and were repeated when the soak went on."""
+        return len(self._failures.read_text().splitlines()) if self._failures.exists() else 0
 
     @property
     def recoveries(self) -> list[dict[str, Any]]:
@@ -87,7 +98,7 @@ def table(soak: Soak) -> str:
         "two data processes for each worker, worlds of one to three workers. Written by `make soak`; each fault,"
         " one by one, is in [elastic-faults.json](elastic-faults.json).",
         "",
-        "Every run completed. The end state differs from that of an undisturbed run of one worker by at most"
+        f"{soak.num_failed or 'No'} runs failed. The end state differs from that of an undisturbed run of one worker by at most"
         f" {worst:.1e} (allowed: 1e-9). {repeated} updates were committed twice: those since the newest checkpoint"
         " where no worker with a state was left, and those of a worker that was given up or killed right after it alone"
         " had committed.",
