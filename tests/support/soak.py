@@ -98,7 +98,8 @@ def table(soak: Soak) -> str:
         "two data processes for each worker, worlds of one to three workers. Written by `make soak`; each fault,"
         " one by one, is in [elastic-faults.json](elastic-faults.json).",
         "",
-        f"{soak.num_failed or 'No'} runs failed. The end state differs from that of an undisturbed run of one worker by at most"
+        f"{soak.num_failed or 'No'} runs failed and were done again. The end state differs from that of an undisturbed"
+        " run of one worker by at most"
         f" {worst:.1e} (allowed: 1e-9). {repeated} updates were committed twice: those since the newest checkpoint"
         " where no worker with a state was left, and those of a worker that was given up or killed right after it alone"
         " had committed.",
