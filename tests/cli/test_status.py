@@ -78,7 +78,9 @@ def test_a_coordinator_can_be_named_by_address_and_token_file(
         right, wrong = tmp_path / "right", tmp_path / "wrong"
         right.write_text(door["token"])
         wrong.write_text("0123456789abcdef")
-        return [main(["status", "--coordinator", door["url"], "--token-file", str(file)], {}) for file in (right, wrong)]
+        return [
+            main(["status", "--coordinator", door["url"], "--token-file", str(file)], {}) for file in (right, wrong)
+        ]
 
     assert _with_a_worker(tmp_path, use) == [0, 1]
     assert "refuses: wrong token" in capsys.readouterr().err
