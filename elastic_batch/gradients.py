@@ -1,4 +1,5 @@
-"""Sums of gradients over an update: accumulated in flat buckets, reduced while the last backward still runs."""
+"""Sums of gradients over an update: in flat buckets that are reduced while the last backward still runs, or, where one
+worker is alone, as autograd hands them over."""
 
 from __future__ import annotations
 
@@ -16,12 +17,15 @@ from elastic_batch.errors import MisusedTrainer, WorldBroken
 DEFAULT_BUCKET_BYTES = 25 * 2**20
 
 
-class GradientBuckets:
-    """The gradients of one worker, as slices of flat buckets that are reduced in the order of their index.
+class GradientSums:
+    """The sums of one worker's gradients.
 
-    Buckets follow the parameters from the last to the first, which is about the order in which backward finishes
-    them. A parameter's `.grad` is a view of its bucket, so that accumulation costs nothing extra; parameters narrower
-    than float32 are accumulated in float32 and get a gradient of their own type at the end.
+    Several workers reduce them: they are then slices of flat buckets, which are reduced in the order of their index.
+    Buckets follow the parameters from the last to the first, which is about the order in which backward finishes them.
+    A parameter's `.grad` is a view of its bucket, into which autograd adds. A worker alone keeps the tensors that the
+    first backward hands over: nothing is zeroed, added or copied for it.
+
+    Parameters narrower than float32 are accumulated in float32 and get a gradient of their own type at the end.
 
     Args:
         parameters: What the optimizer trains, in its order.
@@ -31,7 +35,7 @@ class GradientBuckets:
     def __init__(self, parameters: Iterable[Parameter], bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> None:
         self._slots = [_Slot(parameter) for parameter in parameters]
         self._buckets = _fill_buckets(list(reversed(self._slots)), bucket_bytes)
-        self._flats = [bucket.flat for bucket in self._buckets]
+        self._flats: list[Tensor] = []
         self._accepting = False
         self._engine: Engine | None = None
         self._next_launch = 0
@@ -48,15 +52,22 @@ class GradientBuckets:
         """For each parameter, whether any backward of this update reached it on this worker."""
         return tuple(slot.seen for slot in self._slots)
 
-    def begin(self) -> None:
-        """Forget every gradient and point the parameters' `.grad` into the buckets."""
-        torch._foreach_zero_(self._flats)
+    def begin(self, *, alone: bool) -> None:
+        """Forget every gradient; the next update will be reduced with others', or is this worker's `alone`."""
         self._handles = []
         self._next_launch = 0
         self._engine = None
+        if alone:
+            self._flats = []
+        elif self._flats:
+            torch._foreach_zero_(self._flats)
+        else:
+            self._flats = [bucket.allocate() for bucket in self._buckets]
         for slot in self._slots:
             slot.seen = False
-            grad = slot.view if slot.is_view else None
+            if alone:
+                slot.sum = None
+            grad = slot.sum if slot.is_own_type else None
             if slot.parameter.grad is not grad:
                 slot.parameter.grad = grad
         for bucket in self._buckets:
@@ -80,7 +91,7 @@ class GradientBuckets:
         """Launch the reductions that are still to come, in order: unused parameters', or all of them on a spare
         worker."""
         self._engine, self._norms = engine, norms
-        while self._next_launch < len(self._buckets):
+        while self._next_launch < len(self._flats):
             self._launch_next(engine)
 
     def wait(self) -> None:
@@ -103,23 +114,24 @@ class GradientBuckets:
                 failure = None  # or this frame and the error hold each other, and the update's batches with them
 
     def norms(self) -> list[Tensor]:
-        """Each bucket's Euclidean norm, as 0-dim tensors of the bucket's type."""
-        return list(torch._foreach_norm(self._flats))
+        """The Euclidean norms of all buckets or, for a worker alone, of all gradients: 0-dim tensors."""
+        tensors = self._tensors()
+        return list(torch._foreach_norm(tensors)) if tensors else []
 
     def finish(self, factor: float, seen_by_any: Sequence[bool]) -> None:
-        """Scale the reduced sums by `factor` and give each parameter its gradient.
+        """Scale the sums by `factor` and give each parameter its gradient.
 
         Args:
             factor: What the division by the update's weight still asks for, times a clipping factor; often 1.
             seen_by_any: For each parameter, whether any worker has a gradient for it; the others keep `None`.
         """
-        if factor != 1:
-            torch._foreach_mul_(self._flats, factor)
+        if factor != 1 and (tensors := self._tensors()):
+            torch._foreach_mul_(tensors, factor)
         for slot, seen in zip(self._slots, seen_by_any, strict=True):
             if not seen:
                 slot.parameter.grad = None
-            elif not slot.is_view:
-                slot.parameter.grad = slot.view.to(slot.parameter.dtype)
+            elif not slot.is_own_type and slot.sum is not None:
+                slot.parameter.grad = slot.sum.to(slot.parameter.dtype)
 
     def close(self) -> None:
         """Take the hooks off the parameters and let go of their gradients."""
@@ -128,13 +140,16 @@ class GradientBuckets:
         for slot in self._slots:
             slot.parameter.grad = None
 
+    def _tensors(self) -> list[Tensor]:
+        """What holds the sums."""
+        return self._flats or [slot.sum for slot in self._slots if slot.sum is not None]
+
     def _make_hook(self, slot: _Slot) -> Callable[[Tensor], None]:
-        view = slot.view if slot.is_view else None
         bucket = slot.bucket
 
         # Runs for each parameter in each backward: the usual case makes no further calls.
         def on_gradient(parameter: Tensor) -> None:
-            if view is None or parameter.grad is not view or not self._accepting:
+            if parameter.grad is not slot.sum or not self._accepting:
                 self._take(slot, parameter)
             slot.seen = True
             if self._engine is not None:
@@ -152,14 +167,18 @@ class GradientBuckets:
                 "loss.backward() was called directly; call update.backward(loss), which weighs the micro-batch and "
                 "reduces over the workers"
             )
-        if slot.is_view:
-            raise MisusedTrainer(
-                "a parameter's .grad was replaced during an update; remove optimizer.zero_grad() and other "
-                "code that sets gradients: the trainer clears them"
-            )
-        if parameter.grad is not None:
-            slot.view.add_(parameter.grad)
+        gradient = parameter.grad
+        assert gradient is not None
+        if not slot.is_own_type:
+            slot.sum = gradient.to(slot.dtype) if slot.sum is None else slot.sum.add_(gradient)
             parameter.grad = None
+        elif slot.sum is None:
+            slot.sum = parameter.grad = gradient.to_dense() if gradient.is_sparse else gradient
+        else:
+            raise MisusedTrainer(
+                "a parameter's .grad was replaced during an update; remove model.zero_grad() and other code that sets "
+                "gradients: the trainer clears them"
+            )
 
     def _launch_full(self, bucket: _Bucket, engine: Engine) -> None:
         """Launch what can be, now that a bucket is full."""
@@ -168,7 +187,7 @@ class GradientBuckets:
                 "a parameter got a gradient twice in one backward; use activation checkpointing with "
                 "use_reentrant=False"
             )
-        while self._next_launch < len(self._buckets) and self._buckets[self._next_launch].missing == 0:
+        while self._next_launch < len(self._flats) and self._buckets[self._next_launch].missing == 0:
             self._launch_next(engine)
 
     def _launch_next(self, engine: Engine) -> None:
@@ -199,22 +218,22 @@ def _hook(parameter: Parameter, call: Callable[[Tensor], None]) -> RemovableHand
 
 
 class _Slot:
-    """A parameter's place in its bucket."""
+    """A parameter, its place in its bucket, and the sum of its gradients."""
 
     def __init__(self, parameter: Parameter) -> None:
         self.parameter = parameter
-        self.is_view = parameter.dtype in (torch.float32, torch.float64)
+        self.is_own_type = parameter.dtype in (torch.float32, torch.float64)
         self.seen = False
-        self.view: Tensor
+        self.sum: Tensor | None = None
         self.bucket: _Bucket
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.parameter.dtype if self.is_view else torch.float32
+        return self.parameter.dtype if self.is_own_type else torch.float32
 
 
 class _Bucket:
-    """A flat tensor and the parameters whose gradients lie in it.
+    """The parameters whose gradients share a flat tensor.
 
     Args:
         slots: Of one device and one type.
@@ -223,13 +242,18 @@ class _Bucket:
     def __init__(self, slots: list[_Slot]) -> None:
         self.slots = slots
         self.missing = len(slots)
-        total = sum(slot.parameter.numel() for slot in slots)
-        self.flat = torch.zeros(total, dtype=slots[0].dtype, device=slots[0].parameter.device)
-        offset = 0
         for slot in slots:
             slot.bucket = self
-            slot.view = _view_like(self.flat, offset, slot.parameter)
+
+    def allocate(self) -> Tensor:
+        """A flat tensor of zeros, of which each parameter's sum is a part."""
+        total = sum(slot.parameter.numel() for slot in self.slots)
+        flat = torch.zeros(total, dtype=self.slots[0].dtype, device=self.slots[0].parameter.device)
+        offset = 0
+        for slot in self.slots:
+            slot.sum = _view_like(flat, offset, slot.parameter)
             offset += slot.parameter.numel()
+        return flat
 
 
 def _view_like(flat: Tensor, offset: int, parameter: Tensor) -> Tensor:

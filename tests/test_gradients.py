@@ -1,4 +1,4 @@
-"""Gradient buckets: exact sums, one order of reductions, and errors for what would spoil them."""
+"""Sums of gradients: exact, one order of reductions, and errors for what would spoil them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from elastic_batch.engines import Handle, SoloEngine
 from elastic_batch.errors import MisusedTrainer, WorldBroken
-from elastic_batch.gradients import GradientBuckets
+from elastic_batch.gradients import GradientSums
 
 
 class RecordingEngine(SoloEngine):
@@ -44,18 +44,19 @@ def _inputs(seed: int) -> Tensor:
     return torch.randn(5, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_sums_over_passes_equal_plain_accumulation() -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_sums_over_passes_equal_plain_accumulation(alone: bool) -> None:
     model = Branching()
-    buckets = GradientBuckets(model.parameters(), bucket_bytes=200)
-    buckets.begin()
+    sums = GradientSums(model.parameters(), bucket_bytes=200)
+    sums.begin(alone=alone)
     for seed in range(3):
-        with buckets.accepting():
+        with sums.accepting():
             model(_inputs(seed), 0, 1, 2).backward()
-    buckets.flush(SoloEngine())
-    buckets.wait()
-    buckets.finish(0.5, buckets.seen)
+    sums.flush(SoloEngine())
+    sums.wait()
+    sums.finish(0.5, sums.seen)
     found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
-    buckets.close()
+    sums.close()
     torch.stack([model(_inputs(seed), 0, 1, 2) for seed in range(3)]).sum().mul(0.5).backward()
     expected = [parameter.grad for parameter in model.parameters()]
     assert len(found) == len(expected)
@@ -67,16 +68,16 @@ def test_sums_over_passes_equal_plain_accumulation() -> None:
 @pytest.mark.parametrize("used", [(0, 1, 2), (2,), (0,), (1, 0), ()])
 def test_buckets_are_reduced_in_the_same_order_whatever_was_used(used: tuple[int, ...]) -> None:
     model = Branching()
-    buckets = GradientBuckets(model.parameters(), bucket_bytes=100)
+    sums = GradientSums(model.parameters(), bucket_bytes=100)
     orders = []
     for reduced_layers in ((0, 1, 2), used):
         engine = RecordingEngine()
-        buckets.begin()
+        sums.begin(alone=False)
         if reduced_layers:
-            with buckets.accepting(reduce_with=engine):
+            with sums.accepting(reduce_with=engine):
                 model(_inputs(0), *reduced_layers).backward()
-        buckets.flush(engine)
-        buckets.wait()
+        sums.flush(engine)
+        sums.wait()
         orders.append(engine.reduced)
     assert orders[0] == orders[1]
     assert len(orders[0]) > 1
@@ -84,43 +85,44 @@ def test_buckets_are_reduced_in_the_same_order_whatever_was_used(used: tuple[int
 
 def test_full_buckets_are_reduced_while_backward_goes_on() -> None:
     model = Branching()
-    buckets = GradientBuckets(model.parameters(), bucket_bytes=100)
+    sums = GradientSums(model.parameters(), bucket_bytes=100)
     engine = RecordingEngine()
     reduced_when_first_layer_got_its_gradient: list[int] = []
     model.get_parameter("layers.0.weight").register_hook(
         lambda gradient: reduced_when_first_layer_got_its_gradient.append(len(engine.reduced))
     )
-    buckets.begin()
-    with buckets.accepting(reduce_with=engine):
+    sums.begin(alone=False)
+    with sums.accepting(reduce_with=engine):
         model(_inputs(0), 0, 1, 2).backward()
     assert reduced_when_first_layer_got_its_gradient[0] >= 1
 
 
 def test_a_parameter_without_gradient_keeps_none() -> None:
     model = Branching()
-    buckets = GradientBuckets(model.parameters())
-    buckets.begin()
-    with buckets.accepting():
+    sums = GradientSums(model.parameters())
+    sums.begin(alone=False)
+    with sums.accepting():
         model(_inputs(0), 1).backward()
-    assert buckets.seen == (False, False, True, True, False, False)
-    buckets.flush(SoloEngine())
-    buckets.wait()
-    buckets.finish(1.0, buckets.seen)
+    assert sums.seen == (False, False, True, True, False, False)
+    sums.flush(SoloEngine())
+    sums.wait()
+    sums.finish(1.0, sums.seen)
     assert [parameter.grad is None for parameter in model.parameters()] == [True, True, False, False, True, True]
 
 
-def test_half_precision_parameters_accumulate_in_float32() -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_half_precision_parameters_accumulate_in_float32(alone: bool) -> None:
     parameter = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
-    buckets = GradientBuckets([parameter])
-    buckets.begin()
+    sums = GradientSums([parameter])
+    sums.begin(alone=alone)
     for value in (256.0, 1.0, 1.0):
-        with buckets.accepting():
+        with sums.accepting():
             (parameter * torch.tensor([value], dtype=torch.bfloat16)).sum().backward()
-    [norm] = buckets.norms()
+    [norm] = sums.norms()
     # In bfloat16 itself 256 + 1 would stay 256.
     assert float(norm) == 258.0
     assert norm.dtype == torch.float32
-    buckets.finish(0.5, (True,))
+    sums.finish(0.5, (True,))
     assert parameter.grad is not None
     assert parameter.grad.dtype == torch.bfloat16
     assert float(parameter.grad) == 129.0
@@ -128,37 +130,74 @@ def test_half_precision_parameters_accumulate_in_float32() -> None:
 
 def test_gradients_of_channels_last_weights_keep_their_layout() -> None:
     layer = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
-    buckets = GradientBuckets(layer.parameters())
-    buckets.begin()
+    sums = GradientSums(layer.parameters())
+    sums.begin(alone=False)
     assert layer.weight.grad is not None
     assert layer.weight.grad.stride() == layer.weight.stride()
 
 
-def test_beginning_again_forgets_everything() -> None:
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("alone_before", [False, True])
+def test_beginning_again_forgets_everything(alone_before: bool, alone: bool) -> None:
     model = Branching()
-    buckets = GradientBuckets(model.parameters())
-    buckets.begin()
-    with buckets.accepting():
-        model(_inputs(0), 0).backward()
-    buckets.begin()
-    assert not any(buckets.seen)
-    assert all(float(norm) == 0 for norm in buckets.norms())
+    sums = GradientSums(model.parameters())
+    sums.begin(alone=alone_before)
+    with sums.accepting():
+        model(_inputs(0), 0, 1, 2).backward()
+    sums.begin(alone=alone)
+    assert not any(sums.seen)
+    assert all(float(norm) == 0 for norm in sums.norms())
+    with sums.accepting():
+        model(_inputs(1), 0).backward()
+    found = model.get_parameter("layers.0.weight").grad
+    assert found is not None
+    [expected] = torch.autograd.grad(model(_inputs(1), 0), [model.get_parameter("layers.0.weight")])
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+
+
+def test_a_worker_alone_keeps_the_tensors_that_backward_hands_over() -> None:
+    model = Branching()
+    sums = GradientSums(model.parameters())
+    sums.begin(alone=True)
+    handed: list[int] = []
+    weight = model.get_parameter("layers.2.weight")
+    weight.register_hook(lambda gradient: handed.append(gradient.data_ptr()))
+    with sums.accepting():
+        model(_inputs(0), 2).backward()
+    assert weight.grad is not None
+    assert handed == [weight.grad.data_ptr()]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_sparse_gradients_become_dense(alone: bool) -> None:
+    table = nn.Embedding(6, 2, sparse=True)
+    sums = GradientSums(table.parameters())
+    sums.begin(alone=alone)
+    for rows in ([1, 2], [2, 5]):
+        with sums.accepting():
+            table(torch.tensor(rows)).sum().backward()
+    sums.finish(0.5, sums.seen)
+    assert table.weight.grad is not None
+    assert table.weight.grad[:, 0].tolist() == [0, 0.5, 1, 0, 0, 0.5]
 
 
 def test_a_direct_backward_is_refused() -> None:
     model = Branching()
-    buckets = GradientBuckets(model.parameters())
-    buckets.begin()
+    sums = GradientSums(model.parameters())
+    sums.begin(alone=False)
     with pytest.raises(MisusedTrainer, match=r"call update.backward\(loss\)"):
         model(_inputs(0), 0).backward()
 
 
-def test_gradients_that_were_replaced_are_refused() -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_gradients_that_were_replaced_are_refused(alone: bool) -> None:
     model = Branching()
-    buckets = GradientBuckets(model.parameters())
-    buckets.begin()
-    torch.optim.SGD(model.parameters(), lr=0.1).zero_grad()
-    with pytest.raises(MisusedTrainer, match=r"remove optimizer.zero_grad\(\)"), buckets.accepting():
+    sums = GradientSums(model.parameters())
+    sums.begin(alone=alone)
+    with sums.accepting():
+        model(_inputs(0), 0).backward()
+    model.zero_grad()
+    with pytest.raises(MisusedTrainer, match=r"remove model.zero_grad\(\)"), sums.accepting():
         model(_inputs(0), 0).backward()
 
 
@@ -180,11 +219,11 @@ def test_every_handle_is_waited_for_when_one_fails() -> None:
 
     launched: list[int] = []
     model = Branching()
-    buckets = GradientBuckets(model.parameters(), bucket_bytes=100)
-    buckets.begin()
-    buckets.flush(Failing())
+    sums = GradientSums(model.parameters(), bucket_bytes=100)
+    sums.begin(alone=False)
+    sums.flush(Failing())
     with pytest.raises(WorldBroken, match="gone"):
-        buckets.wait()
+        sums.wait()
     assert waited == launched
     assert len(waited) > 1
 
@@ -197,13 +236,13 @@ def test_a_failed_wait_is_freed_without_the_garbage_collector() -> None:
         def wait(self) -> None:
             raise WorldBroken("gone", 0)
 
-    buckets = GradientBuckets(Branching().parameters())
-    buckets.begin()
-    buckets.flush(Failing())
+    sums = GradientSums(Branching().parameters())
+    sums.begin(alone=False)
+    sums.flush(Failing())
     gc.disable()
     try:
         try:
-            buckets.wait()
+            sums.wait()
         except WorldBroken as error:
             kept = weakref.ref(error)
         assert kept() is None

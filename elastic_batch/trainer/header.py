@@ -158,7 +158,7 @@ def unpack(header: Tensor, norms: Sequence[Tensor], num_parameters: int, *, divi
 
     Args:
         header: As packed, summed over the workers.
-        norms: Norm of each reduced bucket.
+        norms: Norms that make up the reduced gradient's; none where no backward ran.
         num_parameters: How many parameters have a bit in it.
         divisor: What loss sums were divided by before their backward.
 
@@ -179,7 +179,11 @@ def unpack(header: Tensor, norms: Sequence[Tensor], num_parameters: int, *, divi
         num_leaving=round(field["leave"]),
         regroup=field["regroup"] > 0,
         stop=field["stop"] > 0,
-        gradient_norm=math.hypot(*torch.stack(list(norms)).tolist()) * divisor,
+        gradient_norm=_joint_norm(norms) * divisor,
         seen=tuple(value > 0 for value in values[len(_FIELDS) :]),
     )
     return read, header[end:]
+
+
+def _joint_norm(norms: Sequence[Tensor]) -> float:
+    return math.hypot(*torch.stack(list(norms)).tolist()) if norms else 0.0

@@ -269,5 +269,5 @@ class UpdateLoop:
     def close(self) -> None:
         """Give back what training holds, and the world."""
         self.machinery.source.close()
-        self.machinery.buckets.close()
+        self.machinery.gradients.close()
         self.engine.close()

@@ -12,7 +12,7 @@ from torch import nn
 from elastic_batch.data import BatchSource
 from elastic_batch.engines import Engine, Standing
 from elastic_batch.ghost import RunningStatistics
-from elastic_batch.gradients import GradientBuckets
+from elastic_batch.gradients import GradientSums
 from elastic_batch.noise import NoiseScaleEstimator
 from elastic_batch.trainer.header import Tally
 from elastic_batch.trainer.precision import LossScaler, Precision
@@ -32,7 +32,7 @@ class Machinery:
     on_non_finite: Literal["stop", "skip"]
     engine: Engine
     source: BatchSource
-    buckets: GradientBuckets
+    gradients: GradientSums
     tally: Tally
     statistics: RunningStatistics
     randomness: PassRandomness

@@ -19,8 +19,7 @@ class SteeredOptimizer:
     Args:
         optimizer: A torch optimizer without a closure. Parameter groups keep the ratio of their learning rates.
         momentum_correction: Scale SGD's velocity by (1 - m_old) / (1 - m_new) when the momentum changes, which keeps
-        the
-            averaged gradient (1 - m) v and lets the step follow lr / (1 - m) at once (design, section 4).
+            the averaged gradient (1 - m) v and lets the step follow lr / (1 - m) at once (design, section 4).
 
     Raises:
         InvalidSetting: The optimizer cannot be steered.
@@ -36,6 +35,8 @@ class SteeredOptimizer:
         self._ratios = [rate / base[0] if base[0] else 1.0 for rate in base]
         self._expected = [_number(group["lr"]) for group in optimizer.param_groups]
         self._guard = optimizer.register_step_pre_hook(self._refuse_foreign_step)
+        # A worker alone would not notice before its first update of two passes.
+        setattr(optimizer, "zero_grad", _refuse_zero_grad)  # noqa: B010 # a method, to a type checker
 
     @property
     def momentum(self) -> float:
@@ -93,6 +94,7 @@ class SteeredOptimizer:
     def close(self) -> None:
         """Let go of the optimizer: it may be stepped by others again."""
         self._guard.remove()
+        delattr(self.optimizer, "zero_grad")
 
     def _set_momentum(self, momentum: float) -> None:
         for group in self.optimizer.param_groups:
@@ -112,6 +114,10 @@ class SteeredOptimizer:
             raise MisusedTrainer(
                 "optimizer.step() was called directly; call update.step(), which steps on every worker"
             )
+
+
+def _refuse_zero_grad(set_to_none: bool = True) -> None:
+    raise MisusedTrainer("optimizer.zero_grad() was called; remove it: the trainer clears gradients")
 
 
 def _refuse_unsuitable(optimizer: Any) -> None:

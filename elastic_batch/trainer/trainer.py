@@ -15,7 +15,7 @@ from elastic_batch.data import count_samples
 from elastic_batch.engines import Engine, Membership, SoloEngine, Standing, open_membership
 from elastic_batch.errors import MisusedTrainer, WorldBroken
 from elastic_batch.ghost import RunningStatistics
-from elastic_batch.gradients import GradientBuckets
+from elastic_batch.gradients import GradientSums
 from elastic_batch.schedule import ScheduleContext, ScheduleSpec
 from elastic_batch.trainer.assembly import (
     convert_norms,
@@ -284,7 +284,7 @@ class Trainer:
             on_non_finite=self.options.on_non_finite,
             engine=self._enter_first(worlds),
             source=source,
-            buckets=GradientBuckets(self._optimizer.parameters),
+            gradients=GradientSums(self._optimizer.parameters),
             tally=Tally(self._device),
             statistics=RunningStatistics(self._plain_model),
             randomness=PassRandomness(self._plain_model),

@@ -89,7 +89,7 @@ class Update:
         self._mean_check: MeanCheck | None = None
         self._draws: PassDraws | None = None
         self._marks = [time.monotonic()]
-        machinery.buckets.begin()
+        machinery.gradients.begin(alone=machinery.engine.size == 1)
         machinery.tally.begin()
         machinery.statistics.begin()
 
@@ -286,10 +286,10 @@ class Update:
         if count != self._divisor:
             loss = loss * (count / self._divisor)
         engine, norms = (machinery.engine, self._norms_on_launch()) if is_last else (None, None)
-        with machinery.buckets.accepting(engine, norms), no_autocast(machinery.device):
+        with machinery.gradients.accepting(engine, norms), no_autocast(machinery.device):
             loss.backward()
         if is_first and not is_last and machinery.estimator:
-            machinery.tally.first_pass_norms = machinery.buckets.norms()
+            machinery.tally.first_pass_norms = machinery.gradients.norms()
         self._num_done += 1
 
     def _norms_on_launch(self) -> list[Tensor] | None:
@@ -303,15 +303,15 @@ class Update:
 
     def _reduce(self) -> tuple[Header, Tensor]:
         machinery = self._machinery
-        buckets, engine = machinery.buckets, machinery.engine
+        gradients, engine = machinery.gradients, machinery.engine
         machinery.standing.stage = "reduce"
         reach("reduce.start")
         try:
-            buckets.flush(engine, self._norms_on_launch())
+            gradients.flush(engine, self._norms_on_launch())
             packed = machinery.tally.pack(
                 failed=self.failure is not None,
                 wishes=self._owner.wishes(),
-                seen=buckets.seen,
+                seen=gradients.seen,
                 statistics=machinery.statistics.sums(),
                 divisor=self._divisor,
             )
@@ -319,11 +319,11 @@ class Update:
             handle = engine.all_reduce(packed)
         except WorldBroken:
             with suppress(WorldBroken):
-                buckets.wait()
+                gradients.wait()
             raise
-        buckets.wait()
+        gradients.wait()
         handle.wait()
-        return unpack(packed, buckets.norms(), buckets.num_parameters, divisor=self._divisor)
+        return unpack(packed, gradients.norms(), gradients.num_parameters, divisor=self._divisor)
 
     def _commit(self, header: Header, statistics: Tensor) -> None:
         machinery = self._machinery
@@ -352,7 +352,7 @@ class Update:
         if machinery.max_grad_norm is not None:
             # As torch.nn.utils.clip_grad_norm_ does, its guard against a norm of 0 included.
             factor *= min(1.0, machinery.max_grad_norm / (header.gradient_norm / header.weight + 1e-6))
-        machinery.buckets.finish(factor, header.seen)
+        machinery.gradients.finish(factor, header.seen)
         machinery.optimizer.step(self.plan.values)
         machinery.statistics.commit(statistics)
         if machinery.estimator is not None:

@@ -60,8 +60,13 @@ class Script:
         pytest.param(lambda script, update, batch: None, "a batch got no update.backward", id="none"),
         pytest.param(
             lambda script, update, batch: [script.optimizer.zero_grad(), update.backward(script.loss(batch))],
-            "remove optimizer.zero_grad",
-            id="zero_grad",
+            r"zero_grad\(\) was called; remove it",
+            id="optimizer.zero_grad",
+        ),
+        pytest.param(
+            lambda script, update, batch: [script.model.zero_grad(), update.backward(script.loss(batch))],
+            r"remove model.zero_grad\(\)",
+            id="model.zero_grad",
         ),
         pytest.param(
             lambda script, update, batch: update.backward(script.loss(batch) * torch.ones(3)), "one number", id="vector"
