@@ -190,6 +190,48 @@ def start_cold(cluster: Cluster) -> None:
         cluster.others.append(subprocess.Popen((sys.executable, "-c", program), env=environ, stdout=log, stderr=log))
 
 
+def under_torchrun(repetitions: int) -> Iterator[float]:
+    """From kill -9 of one of three workers under torchrun, which starts all anew from a checkpoint, to their commit."""
+    course = Course("endless", PACE, {"num_workers": 2, "checkpoint_every": "640sp"})
+    program = (
+        "import os; from support.elastic import Course, train_as_worker; "
+        f"train_as_worker({course!r}, os.environ['BENCH_RUN_DIR'], 'rank' + os.environ['RANK'])"
+    )
+    words = ("--standalone", "--nproc-per-node=3", "--max-restarts=99", "--no-python", sys.executable, "-c", program)
+    with tempfile.TemporaryDirectory() as folder:
+        cluster = Cluster(Path(folder) / "run", course)  # for what its workers leave behind
+        environ = {**os.environ, "BENCH_RUN_DIR": str(cluster.run_dir), "OMP_NUM_THREADS": "1"}
+        with cluster, (cluster.run_dir / "logs" / "torchrun.log").open("wb") as log:
+            agent = (sys.executable, "-m", "torch.distributed.run", *words)
+            cluster.others.append(subprocess.Popen(agent, env=environ, stdout=log, stderr=log))
+            for _ in range(min(3, repetitions)):
+                cluster.wait_for_update(cluster.last_update() + 40, 120)
+                known = {line["worker"] for line in cluster.witnessed()}
+                since = time.monotonic()
+                os.kill(int(newest(cluster, "rank2").rpartition("-")[2]), signal.SIGKILL)
+                yield first_commit_of_others(cluster, known) - since
+            os.kill(cluster.others[-1].pid, signal.SIGTERM)
+            cluster.others[-1].wait(60)  # it ends its workers
+
+
+def newest(cluster: Cluster, slot: str) -> str:
+    """The witness of the process that has a slot now."""
+    names = (str(line["worker"]) for line in reversed(cluster.witnessed()))
+    return next(name for name in names if name.startswith(slot))
+
+
+def first_commit_of_others(cluster: Cluster, known: set[str]) -> float:
+    """When a process that is not among the known first committed."""
+    found: list[float] = []
+
+    def committed() -> bool:
+        found[:] = [line["time"] for line in cluster.witnessed() if line["worker"] not in known]
+        return bool(found)
+
+    cluster.wait_until(committed, 120, "new processes commit")
+    return min(found)
+
+
 def at_milestone(repetitions: int) -> Iterator[float]:
     """From the commit that crosses a milestone to the first commit with the worker that stood by."""
     for _ in range(repetitions):
@@ -219,6 +261,7 @@ MEASUREMENTS: list[tuple[str, float | None, Callable[[int], Iterator[float]]]] =
     ("a warm worker joins: from its launch to the first commit with it", None, from_launch(cold=False)),
     ("a cold worker joins: from its launch to the first commit with it", None, from_launch(cold=True)),
     ("at a milestone, from the commit that crosses it to the first commit with the ready worker", 0.5, at_milestone),
+    ("torchrun, kill -9 of a worker, from the signal to the next commit of all anew", None, under_torchrun),
     ("a ready worker takes over 100 million parameters: the others' pause", None, pause_of_join("large", 0)),
 ]
 
