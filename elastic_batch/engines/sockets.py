@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 Descriptors = dict[int, int]
 """Descriptor -> inode of the socket behind it; a number that was given to another socket since is told by that."""
@@ -52,15 +53,30 @@ class Formation:
 def shut_down(descriptors: Descriptors) -> None:
     """Shut connections down without closing their descriptors, which are their owner's."""
     for number, inode in descriptors.items():
-        with suppress(OSError):
-            duplicate = os.dup(number)
-            with socket.socket(fileno=duplicate) as connection:
-                # gloo ends the process when its listening socket fails.
-                is_listening = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-                if os.fstat(duplicate).st_ino == inode and not is_listening:
-                    connection.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError), _borrowed(number) as connection:
+            # gloo ends the process when its listening socket fails.
+            is_listening = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            if os.fstat(connection.fileno()).st_ino == inode and not is_listening:
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def _is_network_socket(number: int) -> bool:
-    with socket.socket(fileno=os.dup(number)) as duplicate:
-        return duplicate.family in (socket.AF_INET, socket.AF_INET6)
+    with _borrowed(number) as connection:
+        return connection.family in (socket.AF_INET, socket.AF_INET6)
+
+
+@contextmanager
+def _borrowed(number: int) -> Iterator[socket.socket]:
+    """The socket behind a descriptor, by a descriptor of its own.
+
+    Raises:
+        OSError: The number belongs to nothing any more, or to a file that was opened since.
+    """
+    duplicate = os.dup(number)
+    try:
+        connection = socket.socket(fileno=duplicate)
+    except OSError:
+        os.close(duplicate)
+        raise
+    with connection:
+        yield connection

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +47,21 @@ def test_a_descriptor_that_another_socket_got_since_is_left_alone() -> None:
     assert stranger.recv(1) == b"x"
     for each in (server, accepted, stranger, peer):
         each.close()
+
+
+def test_a_descriptor_that_a_file_got_since_is_left_alone(tmp_path: Path) -> None:
+    before = open_sockets()
+    server, client, accepted = _connected()
+    number = client.fileno()
+    ours = {number: opened_since(before)[number]}
+    client.close()
+    with (tmp_path / "file").open("w") as file:
+        assert file.fileno() == number
+        open_files = os.listdir("/proc/self/fd")
+        shut_down(ours)
+        assert os.listdir("/proc/self/fd") == open_files
+    server.close()
+    accepted.close()
 
 
 def test_sockets_that_are_not_of_a_network_do_not_count() -> None:
