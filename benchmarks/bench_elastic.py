@@ -261,7 +261,11 @@ MEASUREMENTS: list[tuple[str, float | None, Callable[[int], Iterator[float]]]] =
     ("a warm worker joins: from its launch to the first commit with it", None, from_launch(cold=False)),
     ("a cold worker joins: from its launch to the first commit with it", None, from_launch(cold=True)),
     ("at a milestone, from the commit that crosses it to the first commit with the ready worker", 0.5, at_milestone),
-    ("torchrun, kill -9 of a worker, from the signal to the next commit of all anew", None, under_torchrun),
+    (
+        "torchrun: kill -9 of a worker, from the signal to the next commit, of processes started anew",
+        None,
+        under_torchrun,
+    ),
     ("a ready worker takes over 100 million parameters: the others' pause", None, pause_of_join("large", 0)),
 ]
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import ProcessGroupGloo, Store
+from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store
+from torch.distributed.rendezvous import rendezvous
 
 from elastic_batch.engines.launchers import LaunchedWorld
 from elastic_batch.engines.protocol import Handle
@@ -69,9 +70,11 @@ class DistributedEngine:
         try:
             if not dist.is_initialized():
                 assert world is not None
+                store, _, _ = next(rendezvous(world.init_method, world.rank, world.size, timeout=timeout))
                 dist.init_process_group(
                     backend,
-                    init_method=world.init_method,
+                    # torchrun's agents keep the store over a restart: a dead world's addresses are still in it.
+                    store=PrefixStore(f"attempt {world.attempt}", store),
                     rank=world.rank,
                     world_size=world.size,
                     timeout=timeout,

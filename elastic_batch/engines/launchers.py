@@ -18,11 +18,13 @@ class LaunchedWorld:
         rank: In [0, size).
         size: Number of processes.
         init_method: Where they meet, as torch.distributed understands it.
+        attempt: How often the launcher had started these processes before.
     """
 
     rank: int
     size: int
     init_method: str
+    attempt: int = 0
 
 
 def launched_world(environ: Mapping[str, str]) -> LaunchedWorld | None:
@@ -32,15 +34,16 @@ def launched_world(environ: Mapping[str, str]) -> LaunchedWorld | None:
     though Slurm describes the whole allocation to it.
 
     >>> launched_world({"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"})
-    LaunchedWorld(rank=1, size=4, init_method='env://')
+    LaunchedWorld(rank=1, size=4, init_method='env://', attempt=0)
     >>> launched_world({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0",
     ...                 "SLURM_STEP_NODELIST": "gpu[03-04,9]"})
-    LaunchedWorld(rank=3, size=8, init_method='tcp://gpu03:20007')
+    LaunchedWorld(rank=3, size=8, init_method='tcp://gpu03:20007', attempt=0)
     >>> launched_world({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) is launched_world({}) is None
     True
     """
     if int(environ.get("WORLD_SIZE", "1")) > 1:
-        return LaunchedWorld(int(environ["RANK"]), int(environ["WORLD_SIZE"]), "env://")
+        attempt = int(environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        return LaunchedWorld(int(environ["RANK"]), int(environ["WORLD_SIZE"]), "env://", attempt)
     if "RANK" not in environ and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         host = environ.get("MASTER_ADDR") or _first_host(environ["SLURM_STEP_NODELIST"])
         number = int(environ["SLURM_JOB_ID"]) + 101 * int(environ["SLURM_STEP_ID"])

@@ -176,24 +176,25 @@ def test_a_signal_stops_after_an_update_and_the_printed_command_resumes(
     assert updates == list(range(1, stopped + 3))
 
 
-@pytest.mark.timeout(300)  # two starts of torch each, on a machine that may have other work
-def test_two_workers_under_torchrun_train_the_same_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "elastic_batch",
-        "train",
-        "digits",
-    ]
+@pytest.mark.timeout(300)  # two starts of two workers, on a machine that may have other work
+def test_workers_that_torchrun_starts_again_end_as_one_worker_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command = [sys.executable, "-m", *launcher, "-m", "elastic_batch", "train", "digits"]
     arguments = [*SMALL, "--json", "--run-dir"]
+    # By the fourth update the checkpoint after the second is written; the second start has no fourth.
+    faults = {"ELASTIC_BATCH_FAULTS": "reduce.start:3=slow,2;reduce.start:4=kill"}
     done = subprocess.run(
-        [*command, *arguments, str(tmp_path / "two")], capture_output=True, text=True, timeout=240, check=False
+        [*command, *arguments, str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env={**os.environ, **faults},
     )
     assert done.returncode == 0, done.stderr
+    assert "resumed" in done.stderr
     two = json.loads(done.stdout)
     one = json.loads(train(capsys, *arguments, str(tmp_path / "one"))[0])
     assert (two["updates"], two["samples"]) == (one["updates"], one["samples"])
