@@ -154,10 +154,14 @@ def pause_of_join(job: str = "endless", num_workers: int = 2) -> Callable[[int],
 
 def longest_gap(cluster: Cluster, since: float) -> float:
     """Between two commits of the first worker after `since`, less its median."""
-    lead = cluster.witnessed()[0]["worker"]
-    times = [float(line["time"]) for line in cluster.witnessed() if line["worker"] == lead and line["time"] > since]
-    gaps = [later - earlier for earlier, later in pairwise(times)]
+    gaps = gaps_between_commits(cluster, cluster.witnessed()[0]["worker"], since)
     return max(gaps) - statistics.median(gaps)
+
+
+def gaps_between_commits(cluster: Cluster, worker: str, since: float) -> list[float]:
+    """Seconds between a worker's commits, from a moment on."""
+    times = [float(line["time"]) for line in cluster.witnessed() if line["worker"] == worker and line["time"] > since]
+    return [later - earlier for earlier, later in pairwise(times)]
 
 
 def from_launch(*, cold: bool) -> Callable[[int], Iterator[float]]:
@@ -188,6 +192,42 @@ def start_cold(cluster: Cluster) -> None:
     environ = {**os.environ, "ELASTIC_BATCH_RUN_DIR": str(cluster.run_dir), "OMP_NUM_THREADS": "1"}
     with (cluster.run_dir / "logs" / "cold.log").open("ab") as log:
         cluster.others.append(subprocess.Popen((sys.executable, "-c", program), env=environ, stdout=log, stderr=log))
+
+
+def coordinator_away(seconds: float) -> Callable[[int], Iterator[float]]:
+    """The longest time between two commits while nobody coordinates, less three medians."""
+
+    def measure(repetitions: int) -> Iterator[float]:
+        with world(2) as cluster:
+            for _ in range(min(3, repetitions)):
+                lead, since = cluster.witnessed()[0]["worker"], time.monotonic()
+                cluster.kill_coordinator()
+                time.sleep(seconds)
+                cluster.start_coordinator()
+                wait_for_world(cluster, 2)
+                gaps = gaps_between_commits(cluster, lead, since)
+                yield max(gaps) - 3 * statistics.median(gaps)
+
+    return measure
+
+
+def loss_while_away(repetitions: int) -> Iterator[float]:
+    """From the coordinator's return, when it answers, to the next commit of those whose fellow died meanwhile."""
+    with world(2) as cluster:
+        for _ in range(repetitions):
+            generation = generation_of(cluster)
+            cluster.kill_coordinator()
+            cluster.kill(slots_by_age(cluster)[-1])
+            time.sleep(3)
+            cluster.start_coordinator()
+            yield until_next_world(cluster, time.monotonic(), after=generation)
+            cluster.start_worker(next(SLOTS))
+            wait_for_world(cluster, 2)
+
+
+def slots_by_age(cluster: Cluster) -> list[str]:
+    """The living workers, the oldest first."""
+    return [slot for slot, process in cluster.workers.items() if process.is_alive()]
 
 
 def under_torchrun(repetitions: int) -> Iterator[float]:

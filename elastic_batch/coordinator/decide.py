@@ -95,9 +95,7 @@ def worker_state(now: float, state: State, worker: Worker) -> WorkerState:
 
 def _silent_or_gone(now: float, state: State, config: MembershipConfig) -> Evict | None:
     inner = inside(state)
-    broken = [worker for worker in inner if not worker.connected]
-    is_mass = len(inner) > 1 and 2 * len(broken) > len(inner)
-    patient = is_mass or (state.world is not None and state.world.recovered)
+    grace = _grace(state, inner, config)
     names = {worker.name for worker in inner}
     for worker in state.workers.values():
         if worker.connected:
@@ -106,16 +104,21 @@ def _silent_or_gone(now: float, state: State, config: MembershipConfig) -> Evict
             if 0 <= worker.generation < state.generation and not worker.ready:
                 return Evict(worker.name, f"worker {worker.name} is still in generation {worker.generation}")
             continue
-        grace = (_grace(state, config) if patient else config.settle) if worker.name in names else 0.0
-        if now - worker.disconnected_at >= grace:
+        if now - worker.disconnected_at >= (grace if worker.name in names else 0.0):
             return Evict(worker.name, f"worker {worker.name} was lost: its connection ended")
     return None
 
 
-def _grace(state: State, config: MembershipConfig) -> float:
-    """How long workers out of sight may take to come back; less where others wait for the next world already."""
-    is_over = state.world is not None and state.world.phase is Phase.ENDING
-    return min(config.reconnect_grace, config.return_grace) if is_over else config.reconnect_grace
+def _grace(state: State, inner: list[Worker], config: MembershipConfig) -> float:
+    """How long members of the world that are out of sight may take to come back."""
+    num_lost = sum(not worker.connected for worker in inner)
+    is_mass = len(inner) > 1 and 2 * num_lost > len(inner)
+    if is_mass or (state.world is not None and state.world.recovered):
+        is_over = state.world is not None and state.world.phase is Phase.ENDING
+        return min(config.reconnect_grace, config.return_grace) if is_over else config.reconnect_grace
+    # Where their fellows lost them too it is not the way to the coordinator that broke.
+    found_broken = any(worker.ready and worker.broken for worker in inner)
+    return 0.0 if found_broken else config.settle
 
 
 def _why_over(state: State, world: World) -> str | None:

@@ -161,7 +161,6 @@ class DistributedEngine:
                 dist.destroy_process_group(group)
 
     def check(self) -> None:
-        """Raise `WorldBroken` after an abort."""
         if self._aborted:
             raise WorldBroken("aborted", self.generation)
 

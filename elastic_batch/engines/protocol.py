@@ -52,6 +52,9 @@ class Engine(Protocol):
     def abort(self) -> None:
         """Make every pending and later wait here raise `WorldBroken`, within a second. Never blocks."""
 
+    def check(self) -> None:
+        """Raise `WorldBroken` if the world was aborted: nobody should go on to compute for it."""
+
     def close(self) -> None:
         """Give back what the engine holds on this worker, without waiting for the others."""
 

@@ -31,7 +31,6 @@ class SoloEngine:
         pass
 
     def check(self) -> None:
-        """Raise `WorldBroken` after an abort."""
         if self._aborted:
             raise WorldBroken("aborted", self.generation)
 

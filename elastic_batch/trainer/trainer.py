@@ -178,9 +178,10 @@ class Trainer:
         """
         loop = self._begin()
         if not self._progress.width:
-            self._progress.width = settle_width(
-                self.options, self.schedule, self.position, self.model, self._loss_fn, loop.machinery
-            )
+            with stopping_on_signals(loop.on_signal):
+                self._progress.width = settle_width(
+                    self.options, self.schedule, self.position, self.model, self._loss_fn, loop.machinery
+                )
         yield from loop.run()
 
     def __iter__(self) -> Iterator[Update]:

@@ -247,7 +247,12 @@ class Update:
 
     def _fetch(self, request: PassRequest) -> Any:
         try:
-            return self._machinery.source.next()
+            batch = self._machinery.source.next()
+            self._machinery.engine.check()
+            return batch
+        except WorldBroken as error:
+            self._break(error)
+            return None
         except (DataError, RuntimeError, MemoryError) as error:
             self.fail(error)
             return None

@@ -126,6 +126,13 @@ def test_a_broken_connection_that_is_back_within_the_settling_time_changes_nothi
     assert service.runs == ("a", "b")
 
 
+def test_a_broken_connection_is_a_loss_at_once_where_a_fellow_found_the_world_broken() -> None:
+    service = running("a", "b", "c")
+    service.ready("a", broken=True)
+    assert service.settle() == [EndWorld("worker a found the world broken")]
+    assert service.disconnect("b") == [Evict("b", "worker b was lost: its connection ended")]
+
+
 def test_a_silent_worker_is_evicted_after_the_bound() -> None:
     service = running("a", "b", config=MembershipConfig(min_workers=2, max_workers=2))
     for _ in range(3):

@@ -64,12 +64,15 @@ def abort_while_waiting(engine: Engine) -> tuple[str, float]:
 
 
 def launch_after_abort(engine: Engine) -> str:
+    engine.check()
     engine.abort()
-    try:
-        engine.all_reduce(torch.ones(1)).wait()
-    except WorldBroken as error:
-        return type(error).__name__
-    return "nothing"
+    raised = []
+    for attempt in (engine.check, lambda: engine.all_reduce(torch.ones(1)).wait()):
+        try:
+            attempt()
+        except WorldBroken as error:
+            raised.append(type(error).__name__)
+    return " ".join(raised)
 
 
 def lose_a_peer(engine: Engine) -> Any:

@@ -28,6 +28,7 @@ class FailingEngine:
         self.generation = generation
         self.rank, self.size = inner.rank, inner.size
         self.num_collectives = 0
+        self._aborted = False
 
     def all_reduce(self, tensor: Tensor) -> Handle:
         return self._launch(tensor, None)
@@ -36,7 +37,11 @@ class FailingEngine:
         return self._launch(tensor, source)
 
     def abort(self) -> None:
-        pass  # the next world is on the same connections
+        self._aborted = True  # but not the inner one: the next world is on the same connections
+
+    def check(self) -> None:
+        if self._aborted:
+            raise WorldBroken("aborted", self.generation)
 
     def close(self) -> None:
         pass

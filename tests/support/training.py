@@ -13,7 +13,7 @@ from support.reference import state_of
 from torch.utils.data import Dataset, Subset
 
 from elastic_batch import Trainer
-from elastic_batch.engines import Engine, FixedWorld, Membership, SoloEngine
+from elastic_batch.engines import Engine, FixedWorld, Membership
 from elastic_batch.errors import ElasticBatchError
 from elastic_batch.noise import NoiseSums
 from elastic_batch.schedule import StepsSchedule
@@ -174,9 +174,9 @@ def train_through_failures(engine: Engine, plan: Plan, fail_at: list[int], at: s
     return states
 
 
-def count_collectives(plan: Plan) -> tuple[int, int, dict[str, Any]]:
-    """On one worker: collectives before the first update, collectives in all, and the final state."""
-    engine = FailingEngine(SoloEngine(), None)
+def count_collectives(inner: Engine, plan: Plan) -> tuple[int, int, dict[str, Any]]:
+    """Collectives before the first update, collectives in all, and the final state."""
+    engine = FailingEngine(inner, None)
     with make_trainer(plan, FixedWorld(engine)) as trainer:
         trainer.start()
         before = engine.num_collectives
