@@ -12,7 +12,7 @@ help:
 	@echo "make check   run formatting, lint, type and layer checks only"
 	@echo "make format  format the code"
 	@echo "make bench   run the benchmarks that the README quotes (about 20 minutes)"
-	@echo "make bench-elastic  measure how long training stands still when workers come, go and die (about 10 minutes)"
+	@echo "make bench-elastic  measure how long training stands still when workers come, go and die, and what a coordinator costs (about 15 minutes)"
 	@echo "make trial   compare three strategies on Fashion-MNIST, three seeds each (at most an hour, resumable)"
 	@echo "make clean   remove the virtual environment, runs and caches"
 
@@ -42,7 +42,7 @@ bench: .venv/test
 	for name in update noise ghost stream checkpoint; do $(BIN)/python benchmarks/bench_$$name.py || exit 1; done
 
 bench-elastic: .venv/test
-	PYTHONPATH=tests $(BIN)/python benchmarks/bench_elastic.py
+	for name in elastic session coordinator; do PYTHONPATH=tests $(BIN)/python benchmarks/bench_$$name.py || exit 1; done
 
 trial: .venv/train
 	$(BIN)/python benchmarks/trial_fashion_mnist.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter as Tally
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -10,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from elastic_batch.coordinator.decide import desired_workers, worker_state
 from elastic_batch.coordinator.state import MembershipConfig, State, WorkerState
+from elastic_batch.rundir import LedgerReader
 from elastic_batch.telemetry.metrics import Metrics
 
 Cause = Literal["start", "join", "leave", "loss", "shrink", "retry"]
@@ -18,6 +20,8 @@ Step = Literal["detect", "agree", "form", "sync"]
 """Parts of a rescale: until the decision; until the workers wait for the next world; until they have formed it; until
 they have one state."""
 _SECONDS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 3.0, 10.0, 30.0, 100.0)
+_LEDGER_BYTES = 1 << 20
+"""What is read of the ledger for one answer: all of it may be long after a restart, and others wait meanwhile."""
 _TOTALS = ("updates", "samples", "repeated", "skipped")
 
 
@@ -27,12 +31,13 @@ class WorldMetrics:
     Args:
         registry: Where they are registered.
         run: The value of the label `run`.
+        ledger: Reads what workers write down in the run directory.
 
     Attributes:
         totals: The counters' values by name, to be given to `resume` after a restart.
     """
 
-    def __init__(self, registry: CollectorRegistry, *, run: str) -> None:
+    def __init__(self, registry: CollectorRegistry, *, run: str, ledger: LedgerReader | None = None) -> None:
         self._registry, self._run = registry, run
         self._metrics = Metrics(registry, run=run)
         self._desired = Gauge(
@@ -48,6 +53,8 @@ class WorldMetrics:
             registry=registry,
             buckets=_SECONDS,
         )
+        if ledger is not None:
+            self._metrics.watch_ledger(lambda _: _holes(ledger))
         self._last: dict[str, Any] = {}
         self.totals: dict[str, float] = {}
         for cause in get_args(Cause):
@@ -117,3 +124,8 @@ class WorldMetrics:
         self._metrics.count(**grown)
         for name, amount in grown.items():
             self.totals[name] = self.totals.get(name, 0.0) + amount
+
+
+def _holes(reader: LedgerReader) -> float:
+    ledger = reader.read(_LEDGER_BYTES)
+    return ledger.holes if ledger.updates else math.nan  # nothing there: the directory may be another machine's

@@ -27,6 +27,7 @@ from elastic_batch.coordinator.service import Service
 from elastic_batch.durable import make_directory
 from elastic_batch.errors import InvalidSetting
 from elastic_batch.protocol import MAX_MESSAGE_BYTES
+from elastic_batch.rundir import open_run_ledger
 from elastic_batch.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -166,7 +167,9 @@ def _take_up(config: CoordinatorConfig, journal: Journal, last: Announcement | N
         directory=config.run_dir,
         membership=config.membership,
         journal=journal,
-        metrics=WorldMetrics(CollectorRegistry(), run=config.run_dir.resolve().name),
+        metrics=WorldMetrics(
+            CollectorRegistry(), run=config.run_dir.resolve().name, ledger=open_run_ledger(config.run_dir)
+        ),
     )
     run.recover()
     journal.keep("run_id", run.run_id)

@@ -4,21 +4,25 @@ from elastic_batch.rundir.directory import (
     RunDirectory,
     has_updates,
     is_used,
+    open_run_ledger,
     read_job,
     read_metrics,
     read_run_id,
     read_run_ledger,
     read_summary,
 )
-from elastic_batch.rundir.ledger import Ledger
+from elastic_batch.rundir.ledger import Commit, Ledger, LedgerReader
 from elastic_batch.rundir.lines import LineWriter
 
 __all__ = [
+    "Commit",
     "Ledger",
+    "LedgerReader",
     "LineWriter",
     "RunDirectory",
     "has_updates",
     "is_used",
+    "open_run_ledger",
     "read_job",
     "read_metrics",
     "read_run_id",

@@ -12,7 +12,8 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,7 +22,7 @@ import yaml
 
 from elastic_batch.durable import make_directory, write_file
 from elastic_batch.errors import RunDirectoryMissing, RunDirectoryUsed
-from elastic_batch.rundir.ledger import Ledger, LedgerReader
+from elastic_batch.rundir.ledger import Commit, Ledger, LedgerReader
 from elastic_batch.rundir.lines import LineWriter, read_line_at, read_lines
 from elastic_batch.strict_json import to_json
 
@@ -98,9 +99,17 @@ class RunDirectory:
         """Append a line to the metrics log: an update or an evaluation, told by its `kind`."""
         self._metrics.append(record)
 
-    def commit(self, *, update: int, start: int, stop: int, generation: int) -> None:
-        """Append to the ledger that an update committed the samples from `start` to before `stop`."""
-        self._ledger.append({"update": update, "start": start, "stop": stop, "generation": generation})
+    def commit(self, commit: Commit) -> None:
+        """Append a line to the ledger."""
+        self._ledger.append(asdict(commit))
+
+    def complete(self, commits: Iterable[Commit]) -> None:
+        """Append those commits that the ledger on the disk does not have: a writer that was killed may owe some."""
+        with self._reading:
+            ledger = self._ledger_reader.read()
+            owed = [each for each in commits if ledger.lost(each.stop) > ledger.lost(each.start)]
+        for each in owed:
+            self.commit(each)
 
     def summarize(self, summary: Mapping[str, Any]) -> None:
         """Replace the summary, all or nothing; a full disk is logged and ends nothing."""
@@ -204,9 +213,14 @@ def has_updates(path: str | os.PathLike[str]) -> bool:
     return log.is_file() and any(record.get("kind") == "update" for _, record in read_lines(log))
 
 
+def open_run_ledger(path: str | os.PathLike[str]) -> LedgerReader:
+    """The ledger of the run in a directory, which may still grow, or is not there yet."""
+    return LedgerReader(Path(path) / _LEDGER)
+
+
 def read_run_ledger(path: str | os.PathLike[str]) -> Ledger:
     """The committed ranges of the run in a directory."""
-    return LedgerReader(Path(path) / _LEDGER).read()
+    return open_run_ledger(path).read()
 
 
 def _write_job(directory: Path, job: Mapping[str, Any]) -> None:

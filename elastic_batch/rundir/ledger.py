@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
 from pathlib import Path
 
 from elastic_batch.rundir.lines import parse_line
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A line of the ledger.
+
+    Args:
+        update: Which one, from 1.
+        start: Position of its first sample.
+        stop: Position after its last sample.
+        generation: The world's that committed it.
+    """
+
+    update: int
+    start: int
+    stop: int
+    generation: int
 
 
 class Ledger:
@@ -23,6 +42,8 @@ class Ledger:
     (3, 1, [(0, 64), (96, 128)])
     >>> ledger.covered(128), ledger.lost(128), ledger.lost(64)
     (96, 32, 0)
+    >>> ledger.holes
+    32
     """
 
     def __init__(self) -> None:
@@ -50,6 +71,11 @@ class Ledger:
         self._starts[first:last] = [start]
         self._stops[first:last] = [stop]
 
+    @property
+    def holes(self) -> int:
+        """How many samples before the last one of the ledger no update has committed; 0 in a sound run."""
+        return self.lost(self._stops[-1]) if self._stops else 0
+
     def covered(self, position: int) -> int:
         """How many samples before `position` were committed."""
         return sum(max(0, min(stop, position) - start) for start, stop in zip(self._starts, self._stops, strict=True))
@@ -71,16 +97,21 @@ class LedgerReader:
         self._offset = 0
         self._ledger = Ledger()
 
-    def read(self) -> Ledger:
-        """The ledger as it is on the disk now; lines that are torn or of another kind are passed over."""
+    def read(self, max_bytes: float = math.inf) -> Ledger:
+        """The ledger as it is on the disk now; lines that are torn or of another kind are passed over.
+
+        Args:
+            max_bytes: About how much more of it to read, where one cannot wait for the whole.
+        """
         try:
             file = self._path.open("rb")
         except FileNotFoundError:
             return self._ledger
         with file:
             file.seek(self._offset)
+            end = self._offset + max_bytes
             for line in file:
-                if not line.endswith(b"\n"):
+                if not line.endswith(b"\n") or self._offset >= end:
                     break
                 self._offset += len(line)
                 self._add(line)

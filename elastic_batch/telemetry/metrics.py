@@ -165,13 +165,13 @@ class Metrics:
         """Count a checkpoint that was not written because a newer one took its place."""
         self._child(self._checkpoints, "superseded").inc()
 
-    def watch_ledger(self, lost_samples: Callable[[int], int]) -> None:
+    def watch_ledger(self, lost_samples: Callable[[int], float]) -> None:
         """Compare the position with an independent reading of the ledger whenever the metrics are read.
 
         Args:
             lost_samples: Position -> samples before it that the ledger does not have; called on the reading thread.
         """
-        self._child(self._lost_samples).set_function(lambda: float(lost_samples(self._position)))
+        self._child(self._lost_samples).set_function(lambda: lost_samples(self._position))
 
     def _count(self, record: Mapping[str, Any]) -> None:
         samples = record["position"] - self._position

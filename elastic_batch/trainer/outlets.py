@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 
 from elastic_batch.checkpoint import CheckpointInfo, Manifest, WriterEvents
-from elastic_batch.rundir import RunDirectory, is_used, read_metrics
+from elastic_batch.rundir import Commit, RunDirectory, is_used, read_metrics
 from elastic_batch.telemetry import Metrics, MetricsFile, MetricsServer
 from elastic_batch.trainer.options import TrainerOptions
 
@@ -65,16 +65,19 @@ class Outlets:
 
         return WriterEvents(before_save=self.sync, saved=on_saved, failed=on_failed, superseded=on_superseded)
 
-    def update(self, record: Mapping[str, Any], start: int) -> None:
-        """Put out the record of a committed update whose first sample was at `start`."""
+    def complete_ledger(self, commits: Iterable[Commit]) -> None:
+        """Write down what an earlier lead worker that was killed may not have."""
+        if self._directory is not None:
+            self._directory.complete(commits)
+
+    def update(self, record: Mapping[str, Any], commit: Commit) -> None:
+        """Put out the record of a committed update."""
         self._seconds += record["seconds"]
         if self._server is not None or self._file is not None:
             self.metrics.update(record)
         if self._directory is not None:
             self._directory.record(record)
-            self._directory.commit(
-                update=record["update"], start=start, stop=record["position"], generation=record["generation"]
-            )
+            self._directory.commit(commit)
         if self._file is not None:
             self._file.maybe_write()
         for each in self._loggers:
@@ -100,6 +103,11 @@ class Outlets:
             return self._seconds
         self._directory.flush()
         return math.fsum(record["seconds"] for record in read_metrics(self._directory.path))
+
+    def flush(self) -> None:
+        """Let the run directory's logs survive the end of this process."""
+        if self._directory is not None:
+            self._directory.flush()
 
     def sync(self) -> None:
         """Bring the run directory's logs to the disk."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import astuple
 from typing import Any
 
 from elastic_batch.checkpoint import Checkpoint, CheckpointInfo, CheckpointStore, Manifest, check_fingerprint
@@ -13,7 +15,7 @@ from elastic_batch.engines import Engine
 from elastic_batch.errors import RunDirectoryMissing
 from elastic_batch.failpoints import reach
 from elastic_batch.noise import NoiseScaleEstimator
-from elastic_batch.rundir import read_run_id
+from elastic_batch.rundir import Commit, read_run_id
 from elastic_batch.schedule import Duration, Schedule, walk
 from elastic_batch.trainer.options import TrainerOptions
 from elastic_batch.trainer.outlets import Outlets
@@ -22,6 +24,9 @@ from elastic_batch.trainer.saving import Saver
 from elastic_batch.trainer.update import Update
 
 Collect = Callable[[], dict[str, Any]]
+
+_KEPT_COMMITS = 4096
+"""What this worker may have to write down for a lead worker that was killed: its lines waited for a second at most."""
 
 
 class Recorder:
@@ -46,6 +51,7 @@ class Recorder:
         self._resumed_from: Manifest | None = None
         self._known_checkpoint: str | None = None
         self._started_at = 0.0
+        self._commits: deque[Commit] = deque(maxlen=_KEPT_COMMITS)
         self._final_metrics: dict[str, float] = {}
         self._ending: dict[str, Any] = {}
         self.last_record: dict[str, Any] = {}
@@ -85,6 +91,14 @@ class Recorder:
         """Note what another worker said to be the newest good checkpoint."""
         self._known_checkpoint = name
 
+    def commits_after(self, position: int) -> list[tuple[int, int, int, int]]:
+        """This worker's newest commits that end after a position, in plain values."""
+        return [astuple(commit) for commit in self._commits if commit.stop > position]
+
+    def committed_elsewhere(self, commits: Iterable[Sequence[int]]) -> None:
+        """Note what others committed while this worker's world broke: the lead may have died before it wrote it."""
+        self._commits.extend(Commit(*commit) for commit in commits)
+
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of this job.
 
@@ -118,9 +132,13 @@ class Recorder:
             self._open(generation, progress, is_new=is_new)
         elif self._saver is not None:
             self._saver.enter(generation)
+        if self._outlets is not None:
+            # What came before this world then survives this process: its newcomers could not make it good.
+            self._outlets.flush()
 
     def _open(self, generation: int, progress: Progress, *, is_new: bool) -> None:
         self._outlets = outlets = Outlets(self._options, goes_on=not is_new)
+        outlets.complete_ledger(self._commits)
         if progress.num_updates:
             outlets.metrics.resume(update=progress.num_updates, position=progress.position)
         if (found := self._resumed_from) is not None:
@@ -137,10 +155,12 @@ class Recorder:
 
     def update(self, update: Update, engine: Engine, estimator: NoiseScaleEstimator | None) -> None:
         """Record a committed update."""
+        plan, values = update.plan, update.plan.values
+        commit = Commit(plan.index + 1, plan.start, plan.stop, engine.generation)
+        self._commits.append(commit)
         if self._outlets is None:
             return
         seconds = time.monotonic() - self._started_at
-        plan, values = update.plan, update.plan.values
         self.last_record = {
             "kind": "update",
             "update": plan.index + 1,
@@ -166,7 +186,7 @@ class Recorder:
             "generation": engine.generation,
             "time": time.time(),
         }
-        self._outlets.update(self.last_record, plan.start)
+        self._outlets.update(self.last_record, commit)
 
     def evaluation(self, metrics: Mapping[str, float], position: int, num_updates: int) -> None:
         """Record what an evaluation found; the summary has the last one's."""

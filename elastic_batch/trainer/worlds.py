@@ -163,6 +163,7 @@ class Worlds:
     def _take_over(self, engine: Engine, found: Muster) -> None:
         """Have the most advanced worker's state sent to those that have another one or none."""
         wanted = found.all[engine.rank] != found.all[found.source]
+        known_to_all = min(place.position for place in found.all if place.origin != NOWHERE.origin)
 
         def collect() -> dict[str, object]:
             checkpoint = self._recorder.last_checkpoint
@@ -170,6 +171,7 @@ class Worlds:
                 "run": self._state.collect(),
                 "checkpoint": checkpoint,
                 "run_id": self._recorder.run_id,
+                "commits": self._recorder.commits_after(known_to_all),
                 **self._progress.to_state(),
             }
 
@@ -181,3 +183,4 @@ class Worlds:
         self._state.restore(received["run"])
         self._progress.take(received)
         self._recorder.checkpoint_known(received["checkpoint"])
+        self._recorder.committed_elsewhere(received["commits"])

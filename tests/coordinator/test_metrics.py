@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from elastic_batch.coordinator.metrics import WorldMetrics
 from elastic_batch.coordinator.rescale import Rescale
 from elastic_batch.coordinator.state import MembershipConfig, State, Worker
+from elastic_batch.rundir import Commit, RunDirectory, open_run_ledger
 
 
 def _record(update: int, **fields: Any) -> dict[str, Any]:
@@ -51,6 +54,20 @@ def test_updates_that_are_done_again_are_counted_as_repeated(registry: Collector
     assert _value(registry, "repeated_updates_total") == 3
     metrics.world_broke()
     assert _value(registry, "repeated_updates_total") == 4
+
+
+def test_samples_that_no_line_of_the_ledger_commits_show(registry: CollectorRegistry, tmp_path: Path) -> None:
+    metrics = WorldMetrics(registry, run="r", ledger=open_run_ledger(tmp_path))
+    found = _value(registry, "lost_samples")
+    assert found is not None
+    assert math.isnan(found)
+    with RunDirectory.create(tmp_path, {}) as run:
+        run.commit(Commit(1, 0, 8, generation=1))
+        run.flush()
+        metrics.take(_record(4), {})
+        assert _value(registry, "lost_samples") == 0
+        run.commit(Commit(4, 24, 32, generation=2))
+    assert _value(registry, "lost_samples") == 16
 
 
 def test_totals_that_a_worker_knows_win(registry: CollectorRegistry) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastic_batch.rundir import RunDirectory
+from elastic_batch.rundir import Commit, RunDirectory
 
 NUM_SAMPLES = 12_800
 PHASES: dict[str, list[tuple[int, float]]] = {
@@ -40,7 +40,7 @@ def write_run(path: Path, strategy: str, seed: int, *, name: str = "synthetic", 
                 level = floor + (level - floor) * math.exp(-batch / (3.0 * NUM_SAMPLES) * (4 if phase else 1))
                 loss = level * float(random.lognormal(0, 1.2 / math.sqrt(batch / 8)))
                 run.record(_update(update, position, phase, batch, rate, noise, loss, random))
-                run.commit(update=update, start=position - batch, stop=position, generation=0)
+                run.commit(Commit(update, position - batch, position, generation=0))
                 if position // NUM_SAMPLES > epoch_before:
                     accuracy = 0.945 - 0.25 * level + 0.012 * math.sqrt(noise / 100) * float(random.normal())
                     metrics = {"accuracy": accuracy, "loss": 1.2 * level}

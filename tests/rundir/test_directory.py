@@ -14,6 +14,7 @@ import pytest
 
 from elastic_batch.errors import RunDirectoryMissing, RunDirectoryUsed
 from elastic_batch.rundir import (
+    Commit,
     RunDirectory,
     directory,
     is_used,
@@ -34,7 +35,7 @@ def update(number: int, loss: float) -> dict[str, Any]:
 def test_a_run_leaves_its_job_its_logs_and_its_summary(tmp_path: Path) -> None:
     with RunDirectory.create(tmp_path / "runs" / "a", JOB) as run:
         for number in (1, 2):
-            run.commit(update=number, start=32 * number - 32, stop=32 * number, generation=0)
+            run.commit(Commit(number, 32 * number - 32, 32 * number, generation=0))
             run.record(update(number, 1 / number))
         run.record({"kind": "evaluation", "update": 2, "metrics": {"accuracy": float("nan")}})
         run.sync()
@@ -131,15 +132,28 @@ def test_a_summary_that_cannot_be_written_ends_nothing(
     assert "cannot write the summary" in caplog.text
 
 
+def test_the_next_writer_adds_what_a_killed_one_owed(tmp_path: Path) -> None:
+    commits = [Commit(number, 32 * number - 32, 32 * number, generation=number // 4) for number in range(1, 8)]
+    with RunDirectory.create(tmp_path, {}) as killed:
+        for commit in commits[:3]:
+            killed.commit(commit)
+    with RunDirectory.resume(tmp_path, {}) as run:
+        run.complete(commits[1:6])
+        run.commit(commits[6])
+    ledger = read_run_ledger(tmp_path)
+    assert (ledger.updates, ledger.repeated_updates, ledger.ranges) == (7, 0, [(0, 224)])
+    assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == 7
+
+
 _WRITER = """
 import sys
-from elastic_batch.rundir import RunDirectory, is_used
+from elastic_batch.rundir import Commit, RunDirectory, is_used
 path = sys.argv[1]
 run = RunDirectory.resume(path, {}) if is_used(path) else RunDirectory.create(path, {})
 update = 0
 while True:
     update += 1
-    run.commit(update=update, start=32 * update - 32, stop=32 * update, generation=0)
+    run.commit(Commit(update, 32 * update - 32, 32 * update, generation=0))
     run.record({"kind": "update", "update": update, "loss": 1.0})
     run.flush()
     sys.stdout.write(f"{update}\\n")

@@ -18,6 +18,7 @@ from support.reference import largest_difference
 from support.witness import check_witnesses
 
 from elastic_batch.coordinator.state import MembershipConfig
+from elastic_batch.rundir import read_run_ledger
 
 CONFIG = MembershipConfig(
     max_workers=3, beat=0.2, eviction=1.5, gather=5.0, form=5.0, reconnect_grace=1.0, orphan_grace=2.0, cool_down=1.0
@@ -279,6 +280,7 @@ class Trial:
             end=job.end,
             micro_batch_size=MICRO_BATCH,
         )
+        assert read_run_ledger(self.cluster.run_dir).ranges == [(0, job.end)]
         expected = _reference(self.job, self.updates)
         difference = max(largest_difference(state, expected) for state in self.cluster.end_states())
         assert difference <= 1e-9, f"the end state is off by {difference}"

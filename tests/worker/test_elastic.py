@@ -16,6 +16,8 @@ from support.elastic_jobs import MICRO_BATCH
 from support.reference import largest_difference
 from support.witness import check_witnesses
 
+from elastic_batch.rundir import read_run_ledger
+
 SHORT = Course(
     pace=0.02, options={"num_workers": 2, "checkpoint_every": "160sp"}, end=320 + 32 * 30, phases="0:16 320sp:32"
 )
@@ -88,6 +90,7 @@ def _finish(cluster: Cluster) -> int:
     repeated = check_witnesses(
         cluster.witnessed(), num_samples=640, seed=cluster.course.seed, end=job.end, micro_batch_size=MICRO_BATCH
     )
+    assert read_run_ledger(cluster.run_dir).ranges == [(0, job.end)]
     states = cluster.end_states()
     assert states
     assert max(largest_difference(state, _alone()) for state in states) <= 1e-9
