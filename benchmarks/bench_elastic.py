@@ -244,14 +244,16 @@ def under_torchrun(repetitions: int) -> Iterator[float]:
         with cluster, (cluster.run_dir / "logs" / "torchrun.log").open("wb") as log:
             agent = (sys.executable, "-m", "torch.distributed.run", *words)
             cluster.others.append(subprocess.Popen(agent, env=environ, stdout=log, stderr=log))
-            for _ in range(min(3, repetitions)):
-                cluster.wait_for_update(cluster.last_update() + 40, 120)
-                known = {line["worker"] for line in cluster.witnessed()}
-                since = time.monotonic()
-                os.kill(int(newest(cluster, "rank2").rpartition("-")[2]), signal.SIGKILL)
-                yield first_commit_of_others(cluster, known) - since
-            os.kill(cluster.others[-1].pid, signal.SIGTERM)
-            cluster.others[-1].wait(60)  # it ends its workers
+            try:
+                for _ in range(min(3, repetitions)):
+                    cluster.wait_for_update(cluster.last_update() + 40, 120)
+                    known = {line["worker"] for line in cluster.witnessed()}
+                    since = time.monotonic()
+                    os.kill(int(newest(cluster, "rank2").rpartition("-")[2]), signal.SIGKILL)
+                    yield first_commit_of_others(cluster, known) - since
+            finally:
+                os.kill(cluster.others[-1].pid, signal.SIGTERM)
+                cluster.others[-1].wait(60)  # it ends its workers
 
 
 def newest(cluster: Cluster, slot: str) -> str:

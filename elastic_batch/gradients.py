@@ -40,6 +40,7 @@ class GradientSums:
         self._engine: Engine | None = None
         self._next_launch = 0
         self._handles: list[Handle] = []
+        self._memories: set[int] = set()
         self._norms: list[Tensor] | None = None
         self._hooks = [_hook(slot.parameter, self._make_hook(slot)) for slot in self._slots]
 
@@ -55,6 +56,7 @@ class GradientSums:
     def begin(self, *, alone: bool) -> None:
         """Forget every gradient; the next update will be reduced with others', or is this worker's `alone`."""
         self._handles = []
+        self._memories.clear()
         self._next_launch = 0
         self._engine = None
         if alone:
@@ -137,8 +139,9 @@ class GradientSums:
         """Take the hooks off the parameters and let go of their gradients."""
         for hook in self._hooks:
             hook.remove()
+        self._flats = []
         for slot in self._slots:
-            slot.parameter.grad = None
+            slot.parameter.grad = slot.sum = None
 
     def _tensors(self) -> list[Tensor]:
         """What holds the sums."""
@@ -170,15 +173,25 @@ class GradientSums:
         gradient = parameter.grad
         assert gradient is not None
         if not slot.is_own_type:
-            slot.sum = gradient.to(slot.dtype) if slot.sum is None else slot.sum.add_(gradient)
+            slot.sum = gradient.to_dense().to(slot.dtype) if slot.sum is None else slot.sum.add_(gradient)
             parameter.grad = None
         elif slot.sum is None:
-            slot.sum = parameter.grad = gradient.to_dense() if gradient.is_sparse else gradient
+            slot.sum = parameter.grad = self._own(gradient)
         else:
             raise MisusedTrainer(
                 "a parameter's .grad was replaced during an update; remove model.zero_grad() and other code that sets "
                 "gradients: the trainer clears them"
             )
+
+    def _own(self, gradient: Tensor) -> Tensor:
+        """A handed-over gradient as one that can be changed in place: dense, in memory that no other one has."""
+        if gradient.is_sparse:
+            return gradient.to_dense()
+        memory = gradient.untyped_storage().data_ptr()
+        if memory in self._memories:  # such as two views that were added
+            return gradient.clone()
+        self._memories.add(memory)
+        return gradient
 
     def _launch_full(self, bucket: _Bucket, engine: Engine) -> None:
         """Launch what can be, now that a bucket is full."""

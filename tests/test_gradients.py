@@ -168,9 +168,24 @@ def test_a_worker_alone_keeps_the_tensors_that_backward_hands_over() -> None:
     assert handed == [weight.grad.data_ptr()]
 
 
+def test_gradients_that_share_memory_are_told_apart() -> None:
+    one, other = (nn.Parameter(torch.ones(2, 3, dtype=torch.float64)) for _ in range(2))
+    sums = GradientSums([one, other])
+    sums.begin(alone=True)
+    for _ in range(2):
+        with sums.accepting():
+            # Adding hands one gradient to both, and each view makes an alias of it.
+            (one.view(-1) + other.view(-1)).square().sum().backward()
+    sums.finish(0.5, sums.seen)
+    for parameter in (one, other):
+        assert parameter.grad is not None
+        assert parameter.grad.unique().tolist() == [4]
+
+
 @pytest.mark.parametrize("alone", [False, True])
-def test_sparse_gradients_become_dense(alone: bool) -> None:
-    table = nn.Embedding(6, 2, sparse=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sparse_gradients_become_dense(dtype: torch.dtype, alone: bool) -> None:
+    table = nn.Embedding(6, 2, sparse=True, dtype=dtype)
     sums = GradientSums(table.parameters())
     sums.begin(alone=alone)
     for rows in ([1, 2], [2, 5]):

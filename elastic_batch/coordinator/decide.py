@@ -111,13 +111,16 @@ def _silent_or_gone(now: float, state: State, config: MembershipConfig) -> Evict
 
 def _grace(state: State, inner: list[Worker], config: MembershipConfig) -> float:
     """How long members of the world that are out of sight may take to come back."""
-    num_lost = sum(not worker.connected for worker in inner)
-    is_mass = len(inner) > 1 and 2 * num_lost > len(inner)
-    if is_mass or (state.world is not None and state.world.recovered):
-        is_over = state.world is not None and state.world.phase is Phase.ENDING
+    world = state.world
+    if world is None:
+        return 0.0
+    num_members = len(set(world.members).difference(world.left))
+    num_lost = num_members - sum(worker.connected for worker in inner)
+    if world.recovered or (num_members > 1 and 2 * num_lost > num_members):
+        is_over = world.phase is Phase.ENDING
         return min(config.reconnect_grace, config.return_grace) if is_over else config.reconnect_grace
-    # Where their fellows lost them too it is not the way to the coordinator that broke.
-    found_broken = any(worker.ready and worker.broken for worker in inner)
+    # The way to the coordinator did not break where one worker is lost and another one lost it too.
+    found_broken = num_lost == 1 and any(worker.ready and worker.broken for worker in inner)
     return 0.0 if found_broken else config.settle
 
 

@@ -127,5 +127,8 @@ class WorldMetrics:
 
 
 def _holes(reader: LedgerReader) -> float:
-    ledger = reader.read(_LEDGER_BYTES)
+    try:
+        ledger = reader.read(_LEDGER_BYTES)
+    except OSError:
+        return math.nan
     return ledger.holes if ledger.updates else math.nan  # nothing there: the directory may be another machine's

@@ -18,7 +18,8 @@ class LaunchedWorld:
         rank: In [0, size).
         size: Number of processes.
         init_method: Where they meet, as torch.distributed understands it.
-        attempt: How often the launcher had started these processes before.
+        attempt: How often the launcher had started these processes before, if they are all on this host: torchrun's
+            agents on several hosts each have a count of their own.
     """
 
     rank: int
@@ -42,7 +43,8 @@ def launched_world(environ: Mapping[str, str]) -> LaunchedWorld | None:
     True
     """
     if int(environ.get("WORLD_SIZE", "1")) > 1:
-        attempt = int(environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        is_one_host = environ.get("LOCAL_WORLD_SIZE") == environ["WORLD_SIZE"]
+        attempt = int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if is_one_host else 0
         return LaunchedWorld(int(environ["RANK"]), int(environ["WORLD_SIZE"]), "env://", attempt)
     if "RANK" not in environ and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         host = environ.get("MASTER_ADDR") or _first_host(environ["SLURM_STEP_NODELIST"])

@@ -104,11 +104,12 @@ class RunDirectory:
         self._ledger.append(asdict(commit))
 
     def complete(self, commits: Iterable[Commit]) -> None:
-        """Append those commits that the ledger on the disk does not have: a writer that was killed may owe some."""
+        """Append those commits that the ledger does not have: a writer that was killed may owe some."""
+        self._ledger.flush()
         with self._reading:
             ledger = self._ledger_reader.read()
-            owed = [each for each in commits if ledger.lost(each.stop) > ledger.lost(each.start)]
-        for each in owed:
+            owed = {each.stop: each for each in commits if ledger.lost(each.stop) > ledger.lost(each.start)}
+        for each in owed.values():
             self.commit(each)
 
     def summarize(self, summary: Mapping[str, Any]) -> None:

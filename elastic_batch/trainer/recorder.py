@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from typing import Any
 
@@ -17,6 +18,7 @@ from elastic_batch.failpoints import reach
 from elastic_batch.noise import NoiseScaleEstimator
 from elastic_batch.rundir import Commit, read_run_id
 from elastic_batch.schedule import Duration, Schedule, walk
+from elastic_batch.strict_json import to_json
 from elastic_batch.trainer.options import TrainerOptions
 from elastic_batch.trainer.outlets import Outlets
 from elastic_batch.trainer.progress import Progress
@@ -91,13 +93,13 @@ class Recorder:
         """Note what another worker said to be the newest good checkpoint."""
         self._known_checkpoint = name
 
-    def commits_after(self, position: int) -> list[tuple[int, int, int, int]]:
-        """This worker's newest commits that end after a position, in plain values."""
-        return [astuple(commit) for commit in self._commits if commit.stop > position]
+    def commits_after(self, position: int) -> str:
+        """This worker's newest commits that end after a position, as text: there may be thousands."""
+        return to_json([astuple(commit) for commit in self._commits if commit.stop > position])
 
-    def committed_elsewhere(self, commits: Iterable[Sequence[int]]) -> None:
-        """Note what others committed while this worker's world broke: the lead may have died before it wrote it."""
-        self._commits.extend(Commit(*commit) for commit in commits)
+    def committed_elsewhere(self, commits: str) -> None:
+        """Note what others committed without this worker: whoever leads may owe it to the ledger."""
+        self._commits.extend(Commit(*commit) for commit in json.loads(commits))
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of this job.
@@ -134,11 +136,11 @@ class Recorder:
             self._saver.enter(generation)
         if self._outlets is not None:
             # What came before this world then survives this process: its newcomers could not make it good.
+            self._outlets.complete_ledger(self._commits)
             self._outlets.flush()
 
     def _open(self, generation: int, progress: Progress, *, is_new: bool) -> None:
         self._outlets = outlets = Outlets(self._options, goes_on=not is_new)
-        outlets.complete_ledger(self._commits)
         if progress.num_updates:
             outlets.metrics.resume(update=progress.num_updates, position=progress.position)
         if (found := self._resumed_from) is not None:

@@ -94,7 +94,7 @@ class SteeredOptimizer:
     def close(self) -> None:
         """Let go of the optimizer: it may be stepped by others again."""
         self._guard.remove()
-        delattr(self.optimizer, "zero_grad")
+        self.optimizer.__dict__.pop("zero_grad", None)
 
     def _set_momentum(self, momentum: float) -> None:
         for group in self.optimizer.param_groups:

@@ -163,7 +163,7 @@ class Worlds:
     def _take_over(self, engine: Engine, found: Muster) -> None:
         """Have the most advanced worker's state sent to those that have another one or none."""
         wanted = found.all[engine.rank] != found.all[found.source]
-        known_to_all = min(place.position for place in found.all if place.origin != NOWHERE.origin)
+        known_to_all = min(place.position for place in found.all)
 
         def collect() -> dict[str, object]:
             checkpoint = self._recorder.last_checkpoint

@@ -18,8 +18,8 @@ Ask = Callable[..., StoreReply]
 class SessionStore(Store):
     """What torch.distributed needs of a store, for one generation; withdrawn, every wait in it raises at once.
 
-    A value that was just set or waited for is read here, not asked for again: of the round trips in which gloo meets
-    its peers that leaves fewer than half.
+    The first `get` of a key after it was set or waited for here gives what it was then: keys of a rendezvous are
+    written once. Of the round trips in which gloo meets its peers that leaves fewer than half.
 
     Args:
         ask: Sends a request of this generation.
@@ -30,7 +30,7 @@ class SessionStore(Store):
         super().__init__()
         self._ask = ask
         self._timeout = timeout
-        self._at_hand: dict[str, bytes] = {}  # each is read once, so that nobody reads an old value for long
+        self._at_hand: dict[str, bytes] = {}
 
     @property
     def timeout(self) -> timedelta:
@@ -54,6 +54,8 @@ class SessionStore(Store):
             self._at_hand.update(zip(missing, self._wait_for(missing, timeout or self._timeout), strict=True))
 
     def multi_get(self, keys: list[str]) -> list[bytes]:
+        for key in keys:
+            self._at_hand.pop(key, None)
         return self._wait_for(keys, self._timeout)
 
     def multi_set(self, keys: list[str], values: list[Any]) -> None:

@@ -133,6 +133,15 @@ def test_a_broken_connection_is_a_loss_at_once_where_a_fellow_found_the_world_br
     assert service.disconnect("b") == [Evict("b", "worker b was lost: its connection ended")]
 
 
+def test_when_most_connections_break_one_after_the_other_they_are_waited_for_too() -> None:
+    service = running("a", "b", "c", "d", "e")
+    service.ready("a", broken=True)
+    service.settle()
+    lost = [service.disconnect(name) for name in ("b", "c", "d", "e")]
+    assert lost == [[Evict("b", "worker b was lost: its connection ended")], [], [], []]
+    assert service.after(1) == []
+
+
 def test_a_silent_worker_is_evicted_after_the_bound() -> None:
     service = running("a", "b", config=MembershipConfig(min_workers=2, max_workers=2))
     for _ in range(3):

@@ -138,8 +138,9 @@ def test_the_next_writer_adds_what_a_killed_one_owed(tmp_path: Path) -> None:
         for commit in commits[:3]:
             killed.commit(commit)
     with RunDirectory.resume(tmp_path, {}) as run:
-        run.complete(commits[1:6])
+        run.complete([*commits[1:6], *commits[2:6]])
         run.commit(commits[6])
+        run.complete(commits)
     ledger = read_run_ledger(tmp_path)
     assert (ledger.updates, ledger.repeated_updates, ledger.ranges) == (7, 0, [(0, 224)])
     assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == 7
