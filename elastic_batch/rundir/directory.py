@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 VERSION = 1
 _MARKER, _JOB, _METRICS, _LEDGER, _SUMMARY = "run.json", "job.yaml", "metrics.jsonl", "ledger.jsonl", "summary.json"
 _CHECKPOINTS = "checkpoints"
+_END_BYTES = 128 << 10
+"""What is read of a ledger to see what it lacks: more than a thousand lines, and a few milliseconds."""
 
 
 class RunDirectory:
@@ -104,13 +106,14 @@ class RunDirectory:
         self._ledger.append(asdict(commit))
 
     def complete(self, commits: Iterable[Commit]) -> None:
-        """Append those commits that the ledger does not have: a writer that was killed may owe some."""
+        """Append those of the newest commits that the ledger does not have: a writer that was killed may owe some."""
         self._ledger.flush()
-        with self._reading:
-            ledger = self._ledger_reader.read()
-            owed = {each.stop: each for each in commits if ledger.lost(each.stop) > ledger.lost(each.start)}
-        for each in owed.values():
-            self.commit(each)
+        end = LedgerReader(self.path / _LEDGER, last_bytes=_END_BYTES).read()
+        known_from = end.ranges[0][0] if end.ranges else 0
+        for each in commits:
+            if each.start >= known_from and end.lost(each.stop) > end.lost(each.start):
+                end.add(each.update, each.start, each.stop)
+                self.commit(each)
 
     def summarize(self, summary: Mapping[str, Any]) -> None:
         """Replace the summary, all or nothing; a full disk is logged and ends nothing."""
@@ -225,8 +228,10 @@ def read_run_ledger(path: str | os.PathLike[str]) -> Ledger:
 
 
 def _write_job(directory: Path, job: Mapping[str, Any]) -> None:
-    text = yaml.safe_dump(dict(job), sort_keys=False, allow_unicode=True)
-    write_file(directory / _JOB, text.encode())
+    text = yaml.safe_dump(dict(job), sort_keys=False, allow_unicode=True).encode()
+    path = directory / _JOB
+    if not path.exists() or path.read_bytes() != text:  # a disk may take long, and other workers wait for a new lead
+        write_file(path, text)
 
 
 def _mark(directory: Path) -> str:

@@ -90,11 +90,14 @@ class LedgerReader:
 
     Args:
         path: The file; one that is not there has no lines.
+        last_bytes: Read only so much of its end; None: all.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, last_bytes: int | None = None) -> None:
         self._path = path
         self._offset = 0
+        if last_bytes is not None and path.exists():
+            self._offset = max(0, path.stat().st_size - last_bytes)  # a line that is cut there is passed over
         self._ledger = Ledger()
 
     def read(self, max_bytes: float = math.inf) -> Ledger:

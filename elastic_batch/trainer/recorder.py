@@ -27,7 +27,7 @@ from elastic_batch.trainer.update import Update
 
 Collect = Callable[[], dict[str, Any]]
 
-_KEPT_COMMITS = 4096
+_KEPT_COMMITS = 1024
 """What this worker may have to write down for a lead worker that was killed: its lines waited for a second at most."""
 
 
@@ -54,6 +54,7 @@ class Recorder:
         self._known_checkpoint: str | None = None
         self._started_at = 0.0
         self._commits: deque[Commit] = deque(maxlen=_KEPT_COMMITS)
+        self._owes = False
         self._final_metrics: dict[str, float] = {}
         self._ending: dict[str, Any] = {}
         self.last_record: dict[str, Any] = {}
@@ -94,12 +95,13 @@ class Recorder:
         self._known_checkpoint = name
 
     def commits_after(self, position: int) -> str:
-        """This worker's newest commits that end after a position, as text: there may be thousands."""
+        """This worker's newest commits that end after a position, as text: there may be many."""
         return to_json([astuple(commit) for commit in self._commits if commit.stop > position])
 
     def committed_elsewhere(self, commits: str) -> None:
         """Note what others committed without this worker: whoever leads may owe it to the ledger."""
         self._commits.extend(Commit(*commit) for commit in json.loads(commits))
+        self._owes = True
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of this job.
@@ -135,12 +137,15 @@ class Recorder:
         elif self._saver is not None:
             self._saver.enter(generation)
         if self._outlets is not None:
+            if self._owes:
+                self._owes = False
+                self._outlets.complete_ledger(each for each in self._commits if each.stop <= progress.position)
             # What came before this world then survives this process: its newcomers could not make it good.
-            self._outlets.complete_ledger(self._commits)
             self._outlets.flush()
 
     def _open(self, generation: int, progress: Progress, *, is_new: bool) -> None:
         self._outlets = outlets = Outlets(self._options, goes_on=not is_new)
+        self._owes = True
         if progress.num_updates:
             outlets.metrics.resume(update=progress.num_updates, position=progress.position)
         if (found := self._resumed_from) is not None:

@@ -16,7 +16,8 @@ def test_a_lead_that_missed_a_commit_of_the_others_writes_it_down_in_the_next_wo
     with make_trainer(plan, FixedWorld(SoloEngine())) as trainer:
         run(trainer, plan)
         recorder, position = trainer._recorder, trainer.position
-        recorder.committed_elsewhere(f"[[4, {position}, {position + 32}, 0]]")
+        recorder.committed_elsewhere(f"[[4, {position}, {position + 32}, 0], [5, {position + 32}, {position + 64}, 0]]")
+        trainer._progress.position += 32  # the second one came to nothing: its world was lost
         recorder.enter(1, True, trainer._progress, is_new=False)
         assert read_run_ledger(tmp_path / "run").ranges == [(0, position + 32)]
 
