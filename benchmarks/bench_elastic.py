@@ -303,6 +303,8 @@ MEASUREMENTS: list[tuple[str, float | None, Callable[[int], Iterator[float]]]] =
     ("a warm worker joins: from its launch to the first commit with it", None, from_launch(cold=False)),
     ("a cold worker joins: from its launch to the first commit with it", None, from_launch(cold=True)),
     ("at a milestone, from the commit that crosses it to the first commit with the ready worker", 0.5, at_milestone),
+    ("the coordinator is away for 30 s: the longest time between commits, less 3 medians", 0.05, coordinator_away(30)),
+    ("a worker dies meanwhile: from the coordinator's return to the next commit", 2.0, loss_while_away),
     (
         "torchrun: kill -9 of a worker, from the signal to the next commit, of processes started anew",
         None,
