@@ -14,7 +14,7 @@ from typing import Any, Self
 from elastic_batch.checkpoint.manifest import CheckpointInfo, Manifest
 from elastic_batch.checkpoint.state import HostMemory, Snapshot, check_state
 from elastic_batch.checkpoint.store import CheckpointStore
-from elastic_batch.errors import MisusedTrainer
+from elastic_batch.errors import ElasticBatchError, MisusedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -162,10 +162,12 @@ class CheckpointWriter:
             self._events.before_save()
             manifest = self.store.save(job.state, job.info)
         except Exception as error:
-            logger.exception(
-                "the checkpoint of update %d could not be written to %s; training goes on without it",
+            logger.error(
+                "the checkpoint of update %d could not be written to %s; training goes on without it: %s",
                 job.info.update,
                 self.store.location,
+                error,
+                exc_info=not isinstance(error, ElasticBatchError | OSError),
             )
             _tell(self._events.failed, error, job.info)
             job.future.set_exception(error)

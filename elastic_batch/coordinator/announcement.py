@@ -26,6 +26,7 @@ class Announcement:
         pid: The coordinator's process.
         version: The package's.
         tls_cert: PEM file that a client trusts for `https`; None: the machine's usual authorities.
+        over: Why the run is over, once it is; workers that come later need not wait.
     """
 
     url: str
@@ -34,6 +35,7 @@ class Announcement:
     pid: int
     version: str
     tls_cert: str | None = None
+    over: str | None = None
 
     @property
     def port(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from elastic_batch.coordinator.events import inside, is_inside
+from elastic_batch.coordinator.losses import find_lost
 from elastic_batch.coordinator.state import MembershipConfig, Phase, State, Worker, WorkerState, World
 
 
@@ -56,8 +57,8 @@ def decide(now: float, state: State, config: MembershipConfig) -> Decision:
         state: What is known.
         config: The rules' numbers.
     """
-    if (evict := _silent_or_gone(now, state, config)) is not None:
-        return evict
+    if (lost := find_lost(now, state, config)) is not None:
+        return Evict(*lost)
     if state.ended is not None:
         return Wait(state.ended)
     world = state.world
@@ -91,37 +92,6 @@ def worker_state(now: float, state: State, worker: Worker) -> WorkerState:
     if not worker.ready:
         return "joining"
     return "cooling down" if _is_cooling(now, state, worker) else "standby"
-
-
-def _silent_or_gone(now: float, state: State, config: MembershipConfig) -> Evict | None:
-    inner = inside(state)
-    grace = _grace(state, inner, config)
-    names = {worker.name for worker in inner}
-    for worker in state.workers.values():
-        if worker.connected:
-            if now - worker.heard_at > config.eviction:
-                return Evict(worker.name, f"worker {worker.name} was silent for {config.eviction:g} s")
-            if 0 <= worker.generation < state.generation and not worker.ready:
-                return Evict(worker.name, f"worker {worker.name} is still in generation {worker.generation}")
-            continue
-        if now - worker.disconnected_at >= (grace if worker.name in names else 0.0):
-            return Evict(worker.name, f"worker {worker.name} was lost: its connection ended")
-    return None
-
-
-def _grace(state: State, inner: list[Worker], config: MembershipConfig) -> float:
-    """How long members of the world that are out of sight may take to come back."""
-    world = state.world
-    if world is None:
-        return 0.0
-    num_members = len(set(world.members).difference(world.left))
-    num_lost = num_members - sum(worker.connected for worker in inner)
-    if world.recovered or (num_members > 1 and 2 * num_lost > num_members):
-        is_over = world.phase is Phase.ENDING
-        return min(config.reconnect_grace, config.return_grace) if is_over else config.reconnect_grace
-    # The way to the coordinator did not break where one worker is lost and another one lost it too.
-    found_broken = num_lost == 1 and any(worker.ready and worker.broken for worker in inner)
-    return 0.0 if found_broken else config.settle
 
 
 def _why_over(state: State, world: World) -> str | None:

@@ -71,6 +71,8 @@ class Coordinator:
         serving = asyncio.create_task(self._server.serve([self._listener]))
         driving = asyncio.create_task(self._service.serve())
         await asyncio.wait([serving, driving], return_when=asyncio.FIRST_COMPLETED)
+        if driving.done() and driving.exception() is None:
+            self._announce_end(driving.result())
         self.stop()
         await serving
         driving.cancel()
@@ -95,20 +97,30 @@ class Coordinator:
         self.close()
 
     def _announce(self) -> None:
-        config, url = self._config, public_url(self._config, self._listener)
-        certificate = str(config.tls_cert.resolve()) if config.tls_cert else None
+        said = self._write_announcement()
+        logger.info("run %s is served at %s", said.run_id, said.url)
+        if not said.tls_cert and self._config.host not in ("127.0.0.1", "localhost", "::1"):
+            logger.warning("without TLS the token crosses the network in the clear; give --tls-cert and --tls-key")
+
+    def _announce_end(self, reason: str) -> None:
+        try:
+            self._write_announcement(over=reason)
+        except OSError as error:
+            logger.error("workers that come from now on wait in vain, for they cannot be told: %s", error)
+
+    def _write_announcement(self, over: str | None = None) -> Announcement:
+        config = self._config
         said = Announcement(
-            url=url,
+            url=public_url(config, self._listener),
             token=self._token,
             run_id=self.run.run_id,
             pid=os.getpid(),
             version=VERSION,
-            tls_cert=certificate,
+            tls_cert=str(config.tls_cert.resolve()) if config.tls_cert else None,
+            over=over,
         )
         write_announcement(config.run_dir, said)
-        logger.info("run %s is served at %s", self.run.run_id, url)
-        if not certificate and config.host not in ("127.0.0.1", "localhost", "::1"):
-            logger.warning("without TLS the token crosses the network in the clear; give --tls-cert and --tls-key")
+        return said
 
 
 def serve(config: CoordinatorConfig) -> Outcome:

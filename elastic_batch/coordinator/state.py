@@ -25,7 +25,9 @@ class MembershipConfig:
         reconnect_grace: How long broken connections are waited for when many break at once, or after a restart.
         return_grace: The same while others wait for the next world: a little more than a worker's longest pause
             between two tries to connect.
-        settle: How long a broken connection is not yet a loss, so that many that break at once are seen together.
+        doubt: How long a broken connection is not yet a loss while the world trains on and no worker finds it broken:
+            perhaps it is the way to the coordinator that broke, and more connections will.
+        settle: The same where the world is known to be broken, or forms, so that many losses are seen together.
         orphan_grace: How long a lost world is waited for before another one starts without any of its members.
         stall: How long a worker may keep all others waiting, at least; beyond, ten median updates.
         start: How long the first world is waited for; beyond, the job fails.
@@ -44,6 +46,7 @@ class MembershipConfig:
     form: float = 30.0
     reconnect_grace: float = 5.0
     return_grace: float = 1.5
+    doubt: float = 0.5
     settle: float = 0.02
     orphan_grace: float = 60.0
     stall: float = 30.0

@@ -10,6 +10,7 @@ import os
 import random
 import socket
 import threading
+import time
 from concurrent.futures import CancelledError, Future
 from typing import Any, Protocol
 
@@ -87,7 +88,13 @@ class Connection:
         self._closing = False
         self._main: asyncio.Task[None] | None = None
         self._cut_off_until = 0.0
+        self._seen_at = time.monotonic()
         failpoints.on_partition(self.cut_off)
+
+    @property
+    def away_seconds(self) -> float:
+        """For how long there has been no connection."""
+        return 0.0 if self._socket is not None else time.monotonic() - self._seen_at
 
     def start(self) -> None:
         """Connect, and stay connected until `close`."""
@@ -256,7 +263,8 @@ class Connection:
                 future.cancel()
 
     def _drop(self) -> None:
-        self._socket = None
+        if self._socket is not None:
+            self._socket, self._seen_at = None, time.monotonic()
         for _, future in self._asked.values():
             future.cancel()
         self._asked.clear()

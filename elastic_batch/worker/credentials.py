@@ -103,6 +103,10 @@ class Credentials:
             raise InvalidSetting(COORDINATOR, url, "must be known, and its token too", f"Give {COORDINATOR}")
         return Door(url, token, announced.get("tls_cert"))
 
+    def why_over(self) -> str | None:
+        """Why the run is over, if its coordinator said so before it ended."""
+        return _announcement(self.run_dir / ANNOUNCEMENT).get("over") if self.run_dir is not None else None
+
 
 def _announcement(path: Path) -> dict[str, str]:
     try:

@@ -44,6 +44,8 @@ _PROGRESS_SECONDS = 0.1
 """Between two reports of progress, unless the next update asks for another number of workers."""
 _FIRST_PATIENCE_SECONDS, _PATIENCE_SECONDS = 2.0, 30.0
 """After how long a wait says that it still waits, and how often from then on."""
+_AWAY_SECONDS = 1800.0
+"""A worker that waits for a world gives up when there was no coordinator for so long."""
 
 
 class Session:
@@ -78,6 +80,7 @@ class Session:
         self._job: dict[str, Any] = {}
         self._progress_at = 0.0
         self._progress_micro_batches = 0
+        self._credentials = credentials
         self._connection = Connection(credentials, self)
         atexit.register(self.close)
 
@@ -215,11 +218,23 @@ class Session:
                 self._raise_if_unwanted()
                 if not self._changed.wait(patience):
                     logger.warning("still waiting for a world; the coordinator is %s", self._connection.condition)
+                    self._give_up_in_vain()
                     patience = _PATIENCE_SECONDS
             self._form, self._ready = None, None
             self._generation, self._members = form.generation, form.members
             self._engine = Formation()
         return form
+
+    def _give_up_in_vain(self) -> None:
+        """Wait no more for a coordinator that ended with the run, or that has been away for too long."""
+        away = self._connection.away_seconds
+        if away >= _PATIENCE_SECONDS and (reason := self._credentials.why_over()) is not None:
+            self._end = reason
+        elif away >= _AWAY_SECONDS:
+            self._refused = (
+                f"the coordinator has been {self._connection.condition} for {away:.0f} s, and this worker has no world "
+                "to train in; start the coordinator again, then this worker"
+            )
 
     def _raise_if_unwanted(self) -> None:
         if self._refused is not None:

@@ -14,7 +14,7 @@ STEADY = ("compute.pass", "reduce.start", "reduce.header", "commit.start", "comm
 FORMING = ("join.ready", "form.start", "form.done", "sync.start", "sync.done", "transfer.tensor")
 NUM_TENSORS = {"digits": 13, "tokens": 17}
 """Tensors of each job's state, which a source sends."""
-SECONDS = {"stop": CONFIG.eviction + 1.0, "slow": 0.4, "partition": 0.5, "kill": 0.0, "leave": 0.0}
+SECONDS = {"stop": CONFIG.eviction + 1.0, "slow": 0.4, "partition": 1.0, "kill": 0.0, "leave": 0.0}
 """How long each action lasts: one that is stopped wakes after it was given up."""
 AFTER_RESTART = RECONNECT_SECONDS + CONFIG.reconnect_grace
 CUT_OFF_SECONDS = 2 * CONFIG.orphan_grace
@@ -65,7 +65,7 @@ def _detected(action: str) -> float:
     """Seconds until a fault is noticed."""
     if action == "stop":
         return CONFIG.eviction
-    return CONFIG.settle + SECONDS[action]
+    return CONFIG.doubt + SECONDS[action]
 
 
 def _text(place: str, count: int, action: str) -> str:
@@ -154,7 +154,7 @@ def _source_killed(count: int) -> Strike:
         moment = trial.await_faults_after(before)
         # Where the source was the only one with a state, the joiner starts from the newest checkpoint.
         orphan = CONFIG.orphan_grace if size == 1 else 0.0
-        trial.recovers(cell, f"rank 0 of {size}", moment, orphan + after_loss(CONFIG.settle, formings=2))
+        trial.recovers(cell, f"rank 0 of {size}", moment, orphan + after_loss(CONFIG.doubt, formings=2))
 
     return strike
 
@@ -226,7 +226,7 @@ def _two_killed(trial: Trial, cell: str, repetition: int) -> None:
     for rank in pair:
         trial.cluster.kill(world[rank])  # the second may wait for the first in a reduction
     # Two of three connections that end at once may come back.
-    bound = after_loss(CONFIG.settle + CONFIG.reconnect_grace)
+    bound = after_loss(CONFIG.doubt + CONFIG.reconnect_grace)
     trial.recovers(cell, f"ranks {pair[0]} and {pair[1]} of 3", moment, bound)
     _replace(trial, "kill")
 
@@ -252,7 +252,7 @@ def _source_and_joiner_killed(trial: Trial, cell: str, repetition: int) -> None:
     moment = trial.await_faults_after(before)
     trial.cluster.kill(world[0])
     trial.cluster.kill(joiner)
-    trial.recovers(cell, "rank 0 of 2 and the joiner", moment, after_loss(CONFIG.settle + CONFIG.reconnect_grace))
+    trial.recovers(cell, "rank 0 of 2 and the joiner", moment, after_loss(CONFIG.doubt + CONFIG.reconnect_grace))
     _replace(trial, "kill")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from support.blocking import SECONDS, SIGNAL, block_on_signal
 from support.elastic import Cluster, Course
+from support.impatience import grow_impatient
 
 COURSE = Course("endless", 0.02, {"num_workers": 0, "checkpoint_every": None})
 SLACK = 3
@@ -112,3 +113,30 @@ def test_a_loss_while_the_coordinator_is_away_is_waited_out_and_made_good_on_its
         committed = _commits(cluster, since)[0]
         assert committed - returned <= SLACK * 2
         assert _generation(cluster) > generation
+
+
+def _start_impatient(cluster: Cluster, slot: str) -> int:
+    """Returns its exit code."""
+    process = cluster.start_worker(slot, prepare=grow_impatient)
+    process.join(30)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def test_a_worker_that_comes_after_the_end_of_the_run_ends_too(tmp_path: Path) -> None:
+    with Cluster(tmp_path / "run", Course(options={"num_workers": 0})) as cluster:
+        cluster.start_coordinator()
+        cluster.start_worker("w0")
+        cluster.wait_until_finished()
+        assert cluster.coordinator is not None
+        assert cluster.coordinator.wait(30) == 0
+        assert _start_impatient(cluster, "late") == 0
+
+
+def test_a_worker_without_a_world_does_not_wait_for_a_coordinator_for_ever(tmp_path: Path) -> None:
+    with Cluster(tmp_path / "run", COURSE) as cluster:
+        cluster.start_coordinator()
+        cluster.kill_coordinator()
+        assert _start_impatient(cluster, "alone") not in (0, 75)
+        log = (cluster.run_dir / "logs" / "alone.log").read_text()
+        assert re.search(r"the coordinator has been out of reach \(.*\) for \d s, and this worker has no world", log)

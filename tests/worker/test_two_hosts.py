@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from support.hosts import Host, TwoHosts, two_hosts, why_no_hosts
 from support.reference import largest_difference
 from support.witness import check_witnesses
 
-EVICTION = 1.5
+EVICTION, GRACE = 1.5, 2.0
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def hosts() -> Iterator[tuple[Host, Host]]:
 
 def _cluster(tmp_path: Path, hosts: tuple[Host, Host], pace: float = 0.02) -> TwoHosts:
     course = Course(pace=pace, options={"num_workers": 0}, end=640 * 6)
-    options = ("--eviction-seconds", str(EVICTION), "--beat-seconds", "0.3")
+    options = ("--eviction-seconds", str(EVICTION), "--beat-seconds", "0.3", "--reconnect-grace-seconds", str(GRACE))
     return TwoHosts(tmp_path / "run", course, hosts, options)
 
 
@@ -36,9 +37,9 @@ def _active(cluster: TwoHosts) -> set[str]:
     return {worker["slot"] for worker in status["workers"] if worker["state"] == "active"}
 
 
-def _start_both(cluster: TwoHosts) -> None:
+def _start_both(cluster: TwoHosts, on: tuple[Host, Host]) -> None:
     cluster.start_coordinator()
-    for number, host in enumerate(cluster.hosts):
+    for number, host in enumerate(on):
         cluster.start_worker_on(host, f"w{number}")
     cluster.wait_until(lambda: _active(cluster) == {"w0", "w1"}, 60, "both train")
 
@@ -57,7 +58,7 @@ def test_workers_on_two_hosts_connect_over_the_cable_and_finish_the_job(
     tmp_path: Path, hosts: tuple[Host, Host]
 ) -> None:
     with _cluster(tmp_path, hosts) as cluster:
-        _start_both(cluster)
+        _start_both(cluster, hosts)
         connections, service = cluster.connections(), int(cluster.url.rpartition(":")[2])
         data = {ends for ends in connections if service not in (ends[0][1], ends[1][1])}
         assert data, "the workers have no connection to each other"
@@ -86,7 +87,7 @@ def test_a_loopback_address_beside_another_host_is_refused(tmp_path: Path, hosts
 
 def test_a_cut_cable_costs_one_side_its_place_until_it_is_mended(tmp_path: Path, hosts: tuple[Host, Host]) -> None:
     with _cluster(tmp_path, hosts, pace=0.1) as cluster:
-        _start_both(cluster)
+        _start_both(cluster, hosts)
         hosts[1].set_cable("down")
         cluster.wait_until(lambda: _active(cluster) == {"w0"}, EVICTION + 10, "the coordinator's side goes on")
         cluster.wait_for_update(cluster.last_update() + 5)
@@ -95,4 +96,22 @@ def test_a_cut_cable_costs_one_side_its_place_until_it_is_mended(tmp_path: Path,
         cluster.hurry()
         cluster.wait_until_finished()
         assert len(cluster.end_states()) == 2
+        _assert_sound(cluster)
+
+
+def test_a_world_trains_on_while_the_cable_to_the_coordinator_is_cut(tmp_path: Path, hosts: tuple[Host, Host]) -> None:
+    with _cluster(tmp_path, hosts, pace=0.1) as cluster:
+        _start_both(cluster, (hosts[1], hosts[1]))
+        cluster.wait_for_update(cluster.last_update() + 3)
+        generation = cluster.witnessed()[-1]["generation"]
+        for seconds in (EVICTION + 1, EVICTION + GRACE + 2):  # they are waited for; they are given up and taken back
+            hosts[0].set_cable("down")
+            before = cluster.last_update()
+            time.sleep(seconds)
+            assert cluster.last_update() > before + 5
+            hosts[0].set_cable("up")
+            cluster.wait_until(lambda: _active(cluster) == {"w0", "w1"}, 20, "both are in sight")
+        assert cluster.witnessed()[-1]["generation"] == generation
+        cluster.hurry()
+        cluster.wait_until_finished()
         _assert_sound(cluster)
