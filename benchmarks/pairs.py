@@ -76,21 +76,22 @@ class Options:
     only: str
 
 
-def read_options(description: str | None, *, quick: str, only: str = "cases") -> Options:
+def read_options(description: str | None, *, quick: str, only: str = "cases", pairs: int = NUM_PAIRS) -> Options:
     """Read the command line.
 
     Args:
         description: What the benchmark says about itself.
         quick: What it leaves out for a quick look.
         only: What it has several of.
+        pairs: How many there are by default.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--check", action="store_true", help="exit code 1 where a promise is surely broken")
     parser.add_argument("--only", default="", help=f"{only} whose description contains this")
-    parser.add_argument("--pairs", type=int, help=f"how many pairs; default: {NUM_PAIRS}, or 6 with --quick")
+    parser.add_argument("--pairs", type=int, help=f"how many pairs; default: {pairs}, or 6 with --quick")
     given = parser.parse_args()
-    return Options(given.pairs or (6 if given.quick else NUM_PAIRS), given.quick, given.check, given.only)
+    return Options(given.pairs or (6 if given.quick else pairs), given.quick, given.check, given.only)
 
 
 def elapsed(work: Work) -> Elapsed:
@@ -140,6 +141,16 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
 def ratio_of(pairs: Sequence[Pair], clock: Clock) -> Ratio:
     """By what factor the first of each pair takes longer than the second."""
     return ratio([one.by(clock) for one, _ in pairs], [other.by(clock) for _, other in pairs])
+
+
+def ratio_of_rounds(rounds: Sequence[Sequence[Pair]], clock: Clock) -> Ratio:
+    """As `ratio_of`, of pairs that several processes measured: the mean of their medians.
+
+    The interval is by bootstrap over the rounds: pairs of one process have its layout of memory in common.
+    """
+    medians = np.array([ratio_of(pairs, clock).ratio for pairs in rounds])
+    drawn = np.random.default_rng(0).choice(medians, (_RESAMPLES, len(medians))).mean(axis=1)
+    return Ratio(*(round(float(value), 4) for value in (medians.mean(), *np.quantile(drawn, (0.025, 0.975)))))
 
 
 def milliseconds(spent: Sequence[Elapsed], clock: Clock, parts: int = 1) -> float:
