@@ -176,7 +176,9 @@ class GradientSums:
             slot.sum = gradient.to_dense().to(slot.dtype) if slot.sum is None else slot.sum.add_(gradient)
             parameter.grad = None
         elif slot.sum is None:
-            slot.sum = parameter.grad = self._own(gradient)
+            slot.sum = own = self._own(gradient)
+            if own is not gradient:
+                parameter.grad = own
         else:
             raise MisusedTrainer(
                 "a parameter's .grad was replaced during an update; remove model.zero_grad() and other code that sets "

@@ -6,11 +6,12 @@ The pure function that gives the seed of a micro-batch is `elastic_batch.stream.
 from __future__ import annotations
 
 import ctypes
+import platform
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ class GeneratorState:
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
-        self._python = random.getstate()
+        self._python = _PythonState()
         self._numpy = _NumpyState()
         self._torch = torch.default_generator.get_state()
         self._cuda_generator = cuda_generator(device)
@@ -81,11 +82,48 @@ class GeneratorState:
 
     def restore(self) -> None:
         """Put the generators back as they were."""
-        random.setstate(self._python)
+        self._python.restore()
         self._numpy.restore()
         torch.default_generator.set_state(self._torch)
         if self._cuda_generator is not None and self._cuda is not None:
             self._cuda_generator.set_state(self._cuda)
+
+
+class _PythonState:
+    """The state of Python's generator.
+
+    `random.getstate` and `setstate` make 625 integers and take them apart, which costs as much as all else that seeding
+    an update does. So the state is copied as bytes where its layout is as expected.
+    """
+
+    def __init__(self) -> None:
+        self._source = cast(Any, random._inst)  # of which the module's functions are methods
+        self._full: Any = None
+        if not _python_layout_is_known():
+            self._full = random.getstate()
+            return
+        self._bytes = ctypes.string_at(id(self._source) + object.__basicsize__, _MT19937_BYTES)
+        self._half = self._source.gauss_next
+
+    def restore(self) -> None:
+        if self._full is not None:
+            random.setstate(self._full)
+            return
+        ctypes.memmove(id(self._source) + object.__basicsize__, self._bytes, _MT19937_BYTES)
+        self._source.gauss_next = self._half
+
+
+@lru_cache
+def _python_layout_is_known() -> bool:
+    if (
+        platform.python_implementation() != "CPython"
+        or random.Random.__basicsize__ < object.__basicsize__ + _MT19937_BYTES
+    ):
+        return False
+    probe = random.Random(1)
+    *key, position = probe.getstate()[1]
+    expected = np.array([position, *key], np.uint32).tobytes()
+    return ctypes.string_at(id(probe) + object.__basicsize__, _MT19937_BYTES) == expected
 
 
 class _NumpyState:
@@ -98,7 +136,7 @@ class _NumpyState:
     def __init__(self) -> None:
         self._source = np.random.get_bit_generator()  # type: ignore[attr-defined]  # missing in numpy's stubs
         self._full: Any = None  # what set_state takes, where the bytes are not enough
-        if not _layout_is_known(type(self._source)):
+        if not _numpy_layout_is_known(type(self._source)):
             self._full = np.random.get_state(legacy=False)
             return
         self._address = self._source.ctypes.state_address
@@ -119,7 +157,7 @@ class _NumpyState:
 
 
 @lru_cache
-def _layout_is_known(kind: type) -> bool:
+def _numpy_layout_is_known(kind: type) -> bool:
     if kind is not np.random.MT19937:
         return False
     probe = np.random.MT19937(1)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elastic_batch import randomness
 from elastic_batch.randomness import GeneratorState, preserved, reseed, seeded
 
 
@@ -156,3 +157,14 @@ def test_the_generator_of_a_cuda_device_is_seeded_and_put_back() -> None:
     assert torch.equal(torch.cuda.get_rng_state(device), state)
     with seeded(4, device):
         assert torch.equal(torch.rand(3, device=device), first)
+
+
+def test_the_state_is_the_same_where_the_generators_have_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(randomness, "_python_layout_is_known", lambda: False)
+    monkeypatch.setattr(randomness, "_numpy_layout_is_known", lambda kind: False)
+    random.gauss(0, 1)  # keeps the second half of a pair
+    np.random.randn()
+    state = held()
+    with seeded(7):
+        draw()
+    assert held() == state

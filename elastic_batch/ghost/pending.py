@@ -51,6 +51,8 @@ class PendingSums:
 
     def clear(self) -> None:
         """Forget everything."""
+        if not self._places:
+            return
         self.sums.zero_()
         self._moments.clear()
         self._landing.clear()
@@ -69,7 +71,9 @@ class PendingSums:
         return self._landing.use(index)
 
     def total(self) -> Tensor:
-        """The sums so far, as a new tensor."""
+        """The sums so far, as a new tensor; only an empty one is always the same."""
+        if not self._places:
+            return self.sums
         self._add_moments()
         self._landing.add_to(self.sums)
         return self.sums.clone()

@@ -79,7 +79,7 @@ class Header:
 class Tally:
     """What one worker adds to the header while it runs its share.
 
-    Weights that are given as tensors, and the losses, stay on the device until the end.
+    Weights that are given as tensors, and the losses, stay on a GPU until the end: reading them would wait for it.
 
     Args:
         device: Where the model computes.
@@ -87,20 +87,21 @@ class Tally:
 
     def __init__(self, device: torch.device) -> None:
         self._zero = torch.zeros((), dtype=torch.float64, device=device)
+        self._is_on_host = device.type == "cpu"
         self._bits: tuple[tuple[bool, ...], Tensor] = ((), self._zero.new_zeros(0))
         self.begin()
 
     def begin(self) -> None:
         """Forget everything: the update starts, or starts again."""
         self.weight: Tensor | float = 0.0
-        self.loss_sum = self._zero
+        self.loss_sum: Tensor | float = 0.0
         self.first_pass_weight: Tensor | float | None = None
         self.first_pass_norms: list[Tensor] = []
 
     def add(self, loss: Tensor, count: int, weight: Tensor | float) -> None:
         """Count one pass: its loss sum, as a 0-dim tensor times a count, and its weight."""
-        self.loss_sum = torch.add(self.loss_sum, loss.detach(), alpha=count)
-        self.weight = self.weight + (weight.detach().double() if isinstance(weight, Tensor) else weight)
+        self.loss_sum = self.loss_sum + self._read(loss) * count
+        self.weight = self.weight + self._read(weight)
         if self.first_pass_weight is None:
             self.first_pass_weight = self.weight
 
@@ -133,12 +134,21 @@ class Tally:
             inverse: Tensor | float = torch.where(weight > 0, 1 / weight, self._zero)
         else:
             counts, inverse = weight > 0, 1 / weight if weight > 0 else 0.0
-        norm = torch.linalg.vector_norm(torch.stack(self.first_pass_norms), dtype=torch.float64)
-        return counts, (norm * (inverse * divisor)).square(), inverse
+        if self._is_on_host:
+            norm: Tensor | float = _joint_norm(self.first_pass_norms)
+        else:
+            norm = torch.linalg.vector_norm(torch.stack(self.first_pass_norms), dtype=torch.float64)
+        return counts, (norm * (inverse * divisor)) ** 2, inverse
+
+    def _read(self, number: Tensor | float) -> Tensor | float:
+        """A number in float64; one that is on a GPU stays there."""
+        if not isinstance(number, Tensor):
+            return number
+        return number.item() if self._is_on_host else number.detach().double()
 
     def _numbers(self, numbers: Sequence[Tensor | float]) -> Tensor:
         """One vector of numbers from the host and from the device, which is not waited for."""
-        if self._zero.device.type == "cpu":
+        if self._is_on_host:
             return self._zero.new_tensor([float(number) for number in numbers])
         vector = self._zero.new_tensor([0 if isinstance(number, Tensor) else number for number in numbers])
         for place, number in enumerate(numbers):

@@ -28,6 +28,7 @@ from elastic_batch.trainer.assembly import (
 )
 from elastic_batch.trainer.evaluation import Measure, evaluate
 from elastic_batch.trainer.header import Tally
+from elastic_batch.trainer.heap import keep_freed_memory
 from elastic_batch.trainer.loop import UpdateLoop
 from elastic_batch.trainer.machinery import Machinery
 from elastic_batch.trainer.options import TrainerOptions
@@ -85,6 +86,8 @@ class Trainer:
         self.model = model
         self._plain_model: nn.Module = getattr(model, "_orig_mod", model)
         self._device = next(self._plain_model.parameters()).device
+        if self._device.type == "cpu":
+            keep_freed_memory()
         self._loss_fn = loss_fn
         self._train_set = train_set
         self._optimizer = SteeredOptimizer(optimizer, momentum_correction=self.options.momentum_correction)
