@@ -49,7 +49,7 @@ Pair = tuple[Elapsed, Elapsed]
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """The median of the pairs' ratios, with its 95 % interval by bootstrap over the pairs."""
+    """A ratio and its 95 % interval, by bootstrap: over pairs the median, over rounds of pairs the medians' mean."""
 
     ratio: float
     low: float
@@ -148,6 +148,8 @@ def ratio_of_rounds(rounds: Sequence[Sequence[Pair]], clock: Clock) -> Ratio:
 
     The interval is by bootstrap over the rounds: pairs of one process have its layout of memory in common.
     """
+    if len(rounds) == 1:
+        return ratio_of(rounds[0], clock)
     medians = np.array([ratio_of(pairs, clock).ratio for pairs in rounds])
     drawn = np.random.default_rng(0).choice(medians, (_RESAMPLES, len(medians))).mean(axis=1)
     return Ratio(*(round(float(value), 4) for value in (medians.mean(), *np.quantile(drawn, (0.025, 0.975)))))

@@ -69,6 +69,17 @@ class NoWorkers(ElasticBatchError):
         )
 
 
+class NoCoordinator(ElasticBatchError):
+    """A worker that has no world to train in waited for a coordinator for too long."""
+
+    def __init__(self, condition: str, seconds: float) -> None:
+        self.condition, self.seconds = condition, seconds
+        super().__init__(
+            f"the coordinator has been {condition} for {seconds:.0f} s, and this worker has no world to train in. "
+            "Start the coordinator again, then this worker"
+        )
+
+
 class Refusal(ElasticBatchError):
     """The coordinator does not let this worker take part."""
 

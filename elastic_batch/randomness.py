@@ -109,16 +109,20 @@ class _PythonState:
         if self._full is not None:
             random.setstate(self._full)
             return
-        ctypes.memmove(id(self._source) + object.__basicsize__, self._bytes, _MT19937_BYTES)
+        _write(id(self._source) + object.__basicsize__, self._bytes)
         self._source.gauss_next = self._half
+
+
+def _write(address: int, state: bytes) -> None:
+    # Unlike memmove this keeps the interpreter: no other thread draws from half a state.
+    (ctypes.c_char * len(state)).from_address(address).raw = state
 
 
 @lru_cache
 def _python_layout_is_known() -> bool:
-    if (
-        platform.python_implementation() != "CPython"
-        or random.Random.__basicsize__ < object.__basicsize__ + _MT19937_BYTES
-    ):
+    is_expected = type(random._inst) is random.Random
+    is_large = random.Random.__basicsize__ >= object.__basicsize__ + _MT19937_BYTES
+    if platform.python_implementation() != "CPython" or not is_expected or not is_large:
         return False
     probe = random.Random(1)
     *key, position = probe.getstate()[1]
@@ -153,7 +157,7 @@ class _NumpyState:
         if self._full is not None:
             np.random.set_state(self._full)
         else:
-            ctypes.memmove(self._address, self._bytes, _MT19937_BYTES)
+            _write(self._address, self._bytes)
 
 
 @lru_cache

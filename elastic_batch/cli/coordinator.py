@@ -36,15 +36,41 @@ _FILE = click.Path(path_type=Path)
 @click.option("--token-file", type=_FILE, metavar="FILE", help="File with the token; default: one is made.")
 @click.option("--tls-cert", type=_FILE, metavar="FILE", help="PEM certificate with its chain.")
 @click.option("--tls-key", type=_FILE, metavar="FILE", help="Its PEM key.")
-@click.option("--eviction-seconds", default=_DEFAULTS.eviction, hidden=True)
-@click.option("--beat-seconds", default=_DEFAULTS.beat, hidden=True)
-@click.option("--form-seconds", default=_DEFAULTS.form, hidden=True)
-@click.option("--gather-seconds", default=_DEFAULTS.gather, hidden=True)
-@click.option("--stall-seconds", default=_DEFAULTS.stall, hidden=True)
-@click.option("--reconnect-grace-seconds", default=_DEFAULTS.reconnect_grace, hidden=True)
-@click.option("--orphan-grace-seconds", default=_DEFAULTS.orphan_grace, hidden=True)
-@click.option("--cool-down-seconds", default=_DEFAULTS.cool_down, hidden=True)
-@click.option("--crashes", default=_DEFAULTS.crashes, hidden=True)
+@click.option(
+    "--eviction-seconds", default=_DEFAULTS.eviction, show_default=True, help="Silence after which a worker is lost."
+)
+@click.option("--beat-seconds", default=_DEFAULTS.beat, show_default=True, help="Between a worker's signs of life.")
+@click.option("--form-seconds", default=_DEFAULTS.form, show_default=True, help="How long forming a world may take.")
+@click.option(
+    "--gather-seconds",
+    default=_DEFAULTS.gather,
+    show_default=True,
+    help="How long workers may take to come out of a world that is over.",
+)
+@click.option(
+    "--stall-seconds", default=_DEFAULTS.stall, show_default=True, help="How long a worker may keep all others waiting."
+)
+@click.option(
+    "--reconnect-grace-seconds",
+    default=_DEFAULTS.reconnect_grace,
+    show_default=True,
+    help="How long most of the workers, gone out of sight together, are waited for.",
+)
+@click.option(
+    "--orphan-grace-seconds",
+    default=_DEFAULTS.orphan_grace,
+    show_default=True,
+    help="How long a world out of sight is waited for before another one starts.",
+)
+@click.option(
+    "--cool-down-seconds",
+    default=_DEFAULTS.cool_down,
+    show_default=True,
+    help="How long a slot is held off that lost too many workers.",
+)
+@click.option(
+    "--crashes", default=_DEFAULTS.crashes, show_default=True, help="So many losses within a minute are too many."
+)
 @click.pass_obj
 def command(
     invocation: Invocation,

@@ -26,7 +26,8 @@ class Announcement:
         pid: The coordinator's process.
         version: The package's.
         tls_cert: PEM file that a client trusts for `https`; None: the machine's usual authorities.
-        over: Why the run is over, once it is; workers that come later need not wait.
+        completed_end: The job's end, in samples, once it is complete; workers that come later and want no more need
+            not wait. None: it is not complete.
     """
 
     url: str
@@ -35,7 +36,7 @@ class Announcement:
     pid: int
     version: str
     tls_cert: str | None = None
-    over: str | None = None
+    completed_end: int | None = None
 
     @property
     def port(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from elastic_batch.coordinator.events import inside, is_inside
-from elastic_batch.coordinator.losses import find_lost
+from elastic_batch.coordinator.losses import changes_sight, find_lost
 from elastic_batch.coordinator.state import MembershipConfig, Phase, State, Worker, WorkerState, World
 
 
@@ -14,6 +14,20 @@ class Evict:
     """Give a worker up."""
 
     worker: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoseSight:
+    """Take it that the way to the world's workers broke, and wait for them."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RegainSight:
+    """The world's workers are all back."""
+
     reason: str
 
 
@@ -46,7 +60,7 @@ class Wait:
     reason: str
 
 
-Decision = Evict | EndWorld | AskRegroup | FormWorld | Wait
+Decision = Evict | LoseSight | RegainSight | EndWorld | AskRegroup | FormWorld | Wait
 
 
 def decide(now: float, state: State, config: MembershipConfig) -> Decision:
@@ -57,6 +71,8 @@ def decide(now: float, state: State, config: MembershipConfig) -> Decision:
         state: What is known.
         config: The rules' numbers.
     """
+    if (is_seen := changes_sight(now, state, config)) is not None:
+        return RegainSight("all workers are back") if is_seen else LoseSight("most workers went out of sight together")
     if (lost := find_lost(now, state, config)) is not None:
         return Evict(*lost)
     if state.ended is not None:
@@ -127,7 +143,7 @@ def _run(now: float, state: State, world: World, config: MembershipConfig) -> De
         return Wait(f"generation {world.generation} is left at a boundary")
     if (evict := _stalled(now, state, config)) is not None:
         return evict
-    if world.regroup is None and not world.recovered and (reason := _why_regroup(now, state, config)) is not None:
+    if world.regroup is None and not world.out_of_sight and (reason := _why_regroup(now, state, config)) is not None:
         return AskRegroup(reason)
     return Wait(world.regroup or f"generation {world.generation} trains")
 

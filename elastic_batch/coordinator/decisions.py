@@ -6,7 +6,16 @@ import logging
 import time
 
 from elastic_batch.coordinator import events, journal
-from elastic_batch.coordinator.decide import AskRegroup, Decision, EndWorld, Evict, FormWorld, Wait
+from elastic_batch.coordinator.decide import (
+    AskRegroup,
+    Decision,
+    EndWorld,
+    Evict,
+    FormWorld,
+    LoseSight,
+    RegainSight,
+    Wait,
+)
 from elastic_batch.coordinator.journal import JournalUnusable
 from elastic_batch.coordinator.metrics import Cause
 from elastic_batch.coordinator.rendezvous import Store
@@ -44,6 +53,13 @@ class Decisions:
         match decision:
             case Evict():
                 self._evict(now, decision)
+            case LoseSight():
+                logger.warning("%s: they are waited for", decision.reason)
+                events.sight_lost(self._run.state)
+                self._note_decision("lose sight", decision.reason)
+            case RegainSight():
+                events.sight_regained(self._run.state)
+                self._note_decision("regain sight", decision.reason)
             case EndWorld():
                 self._end_world(now, decision)
             case AskRegroup():

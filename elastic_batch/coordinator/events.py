@@ -31,8 +31,6 @@ def hello(state: State, now: float, name: str, slot: str, generation: int = -1, 
     known.slot, known.connected, known.heard_at, known.ready = slot, True, now, False
     if world.phase is Phase.RUNNING:
         world.regroup, known.has_trained = None, True  # it may not have heard that it was asked
-    if world.recovered and all(worker.connected for worker in inside(state)):
-        world.recovered = False
     return world.phase is not Phase.ENDING
 
 
@@ -40,7 +38,7 @@ def _await_members(state: State, now: float) -> None:
     """Take a running world's workers for disconnected just now; one of them is back."""
     world = state.world
     assert world is not None
-    world.recovered, state.orphaned_at = True, None
+    world.out_of_sight, state.orphaned_at = True, None
     for member in world.members:
         known = state.workers.get(member)
         if member not in world.left and member not in world.certainly_gone and not (known and known.connected):
@@ -171,6 +169,18 @@ def world_ended(state: State, now: float) -> None:
         for worker in members:
             worker.failed_formings += 1
     world.phase, world.since = Phase.ENDING, now
+
+
+def sight_lost(state: State) -> None:
+    """Most of the world's workers went out of sight together."""
+    assert state.world is not None
+    state.world.out_of_sight = True
+
+
+def sight_regained(state: State) -> None:
+    """All of the world's workers are in sight again."""
+    assert state.world is not None
+    state.world.out_of_sight = False
 
 
 def regroup_asked(state: State, reason: str) -> None:

@@ -76,7 +76,7 @@ class Run:
         if is_over:
             return
         names = tuple(member.name for member in members)
-        state.world = World(state.generation, names, Phase.RUNNING, now, recovered=True)
+        state.world = World(state.generation, names, Phase.RUNNING, now, out_of_sight=True)
         for member in members:
             self.members[member.name] = member
             state.workers[member.name] = Worker(

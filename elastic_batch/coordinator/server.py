@@ -71,8 +71,8 @@ class Coordinator:
         serving = asyncio.create_task(self._server.serve([self._listener]))
         driving = asyncio.create_task(self._service.serve())
         await asyncio.wait([serving, driving], return_when=asyncio.FIRST_COMPLETED)
-        if driving.done() and driving.exception() is None:
-            self._announce_end(driving.result())
+        if driving.done() and driving.exception() is None and driving.result() == COMPLETE:
+            self._announce_completion()
         self.stop()
         await serving
         driving.cancel()
@@ -102,13 +102,13 @@ class Coordinator:
         if not said.tls_cert and self._config.host not in ("127.0.0.1", "localhost", "::1"):
             logger.warning("without TLS the token crosses the network in the clear; give --tls-cert and --tls-key")
 
-    def _announce_end(self, reason: str) -> None:
+    def _announce_completion(self) -> None:
         try:
-            self._write_announcement(over=reason)
+            self._write_announcement((self.run.job or {}).get("end"))
         except OSError as error:
             logger.error("workers that come from now on wait in vain, for they cannot be told: %s", error)
 
-    def _write_announcement(self, over: str | None = None) -> Announcement:
+    def _write_announcement(self, completed_end: int | None = None) -> Announcement:
         config = self._config
         said = Announcement(
             url=public_url(config, self._listener),
@@ -117,7 +117,7 @@ class Coordinator:
             pid=os.getpid(),
             version=VERSION,
             tls_cert=str(config.tls_cert.resolve()) if config.tls_cert else None,
-            over=over,
+            completed_end=completed_end,
         )
         write_announcement(config.run_dir, said)
         return said

@@ -22,12 +22,14 @@ class MembershipConfig:
         eviction: Silence after which a worker counts as lost.
         gather: How long the workers of an ended world have to come to the next one.
         form: How long forming a world and agreeing on its state may take.
-        reconnect_grace: How long broken connections are waited for when many break at once, or after a restart.
+        reconnect_grace: How long workers are waited for when most of them go out of sight together, or after a
+            restart.
         return_grace: The same while others wait for the next world: a little more than a worker's longest pause
             between two tries to connect.
         doubt: How long a broken connection is not yet a loss while the world trains on and no worker finds it broken:
             perhaps it is the way to the coordinator that broke, and more connections will.
-        settle: The same where the world is known to be broken, or forms, so that many losses are seen together.
+        settle: The same where the world is known to be broken, forms, or is left at a boundary, so that many losses are
+            seen together.
         orphan_grace: How long a lost world is waited for before another one starts without any of its members.
         stall: How long a worker may keep all others waiting, at least; beyond, ten median updates.
         start: How long the first world is waited for; beyond, the job fails.
@@ -119,8 +121,8 @@ class World:
         boundary_since: When the first of them did.
         left: Workers that left it in good order.
         certainly_gone: Workers whose processes were seen to end.
-        recovered: Whether it was out of sight, perhaps since a coordinator before this one: its workers may still
-            reconnect.
+        out_of_sight: Whether most of its workers went out of sight together, perhaps since a coordinator before this
+            one: those that are missing may still come back.
         update: The newest update that one of its workers reported.
     """
 
@@ -133,7 +135,7 @@ class World:
     boundary_since: float | None = None
     left: set[str] = field(default_factory=set)
     certainly_gone: set[str] = field(default_factory=set)
-    recovered: bool = False
+    out_of_sight: bool = False
     update: int = 0
 
 

@@ -70,7 +70,7 @@ class Header:
             num_workers=self.num_first_passes,
             square_sum=self.first_pass_squares,
             inverse_weight_sum=self.first_pass_inverses,
-            gradient_square=(self.gradient_norm / self.weight) ** 2,
+            gradient_square=(self.gradient_norm / self.weight) * (self.gradient_norm / self.weight),
             weight=self.weight,
             dataset_weight=dataset_weight,
         )
@@ -138,7 +138,8 @@ class Tally:
             norm: Tensor | float = _joint_norm(self.first_pass_norms)
         else:
             norm = torch.linalg.vector_norm(torch.stack(self.first_pass_norms), dtype=torch.float64)
-        return counts, (norm * (inverse * divisor)) ** 2, inverse
+        scaled = norm * (inverse * divisor)
+        return counts, scaled * scaled, inverse  # a power of a float raises where this is infinite
 
     def _read(self, number: Tensor | float) -> Tensor | float:
         """A number in float64; one that is on a GPU stays there."""

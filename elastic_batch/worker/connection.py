@@ -98,6 +98,7 @@ class Connection:
 
     def start(self) -> None:
         """Connect, and stay connected until `close`."""
+        self._seen_at = time.monotonic()
         self._thread.start()
 
     def send(self, *messages: FromWorker) -> None:
@@ -264,7 +265,8 @@ class Connection:
 
     def _drop(self) -> None:
         if self._socket is not None:
-            self._socket, self._seen_at = None, time.monotonic()
+            self._seen_at = time.monotonic()
+            self._socket = None
         for _, future in self._asked.values():
             future.cancel()
         self._asked.clear()

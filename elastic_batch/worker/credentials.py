@@ -10,6 +10,7 @@ import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from elastic_batch.errors import InvalidSetting
@@ -97,18 +98,20 @@ class Credentials:
         announced = _announcement(self.run_dir / ANNOUNCEMENT) if self.run_dir is not None else {}
         if not announced and self.url is None:
             raise FileNotFoundError(f"{self.run_dir} has no {ANNOUNCEMENT} yet")
-        url = announced.get("url") or self.url
+        url = self.url or announced.get("url")
         token = announced.get("token") if self.token_file is None else _token(self.token_file)
         if not url or not token:
             raise InvalidSetting(COORDINATOR, url, "must be known, and its token too", f"Give {COORDINATOR}")
         return Door(url, token, announced.get("tls_cert"))
 
-    def why_over(self) -> str | None:
-        """Why the run is over, if its coordinator said so before it ended."""
-        return _announcement(self.run_dir / ANNOUNCEMENT).get("over") if self.run_dir is not None else None
+    def completed_end(self) -> float:
+        """The job's end, in samples, at which it was complete when its coordinator ended; -1: nobody says so."""
+        announced = _announcement(self.run_dir / ANNOUNCEMENT) if self.run_dir is not None else {}
+        found = announced.get("completed_end")
+        return found if isinstance(found, int | float) else -1
 
 
-def _announcement(path: Path) -> dict[str, str]:
+def _announcement(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import threading
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from elastic_batch.engines import DistributedEngine, Engine, Formation, SoloEngine, Standing, Wishes
-from elastic_batch.errors import InvalidSetting, LeftWorld, Refusal, WorldBroken
+from elastic_batch.errors import InvalidSetting, LeftWorld, NoCoordinator, Refusal, WorldBroken
 from elastic_batch.failpoints import reach
 from elastic_batch.protocol import (
     Abort,
@@ -212,29 +213,29 @@ class Session:
             self._engine, self._ready = None, ready
         reach("join.ready")
         self._connection.send(ready)
-        patience = _FIRST_PATIENCE_SECONDS
+        patience, since = _FIRST_PATIENCE_SECONDS, time.monotonic()
         with self._changed:
             while (form := self._form) is None:
                 self._raise_if_unwanted()
                 if not self._changed.wait(patience):
                     logger.warning("still waiting for a world; the coordinator is %s", self._connection.condition)
-                    self._give_up_in_vain()
+                    self._see_whether_in_vain(min(self._connection.away_seconds, time.monotonic() - since))
                     patience = _PATIENCE_SECONDS
             self._form, self._ready = None, None
             self._generation, self._members = form.generation, form.members
             self._engine = Formation()
         return form
 
-    def _give_up_in_vain(self) -> None:
-        """Wait no more for a coordinator that ended with the run, or that has been away for too long."""
-        away = self._connection.away_seconds
-        if away >= _PATIENCE_SECONDS and (reason := self._credentials.why_over()) is not None:
-            self._end = reason
+    def _see_whether_in_vain(self, away: float) -> None:
+        """Wait no more for a coordinator that ended with the job, or that has been away for too long.
+
+        Args:
+            away: Seconds in which this worker waited and there was no coordinator.
+        """
+        if away >= _PATIENCE_SECONDS and self._credentials.completed_end() >= self._job.get("end", math.inf):
+            self._end = "the job is complete"
         elif away >= _AWAY_SECONDS:
-            self._refused = (
-                f"the coordinator has been {self._connection.condition} for {away:.0f} s, and this worker has no world "
-                "to train in; start the coordinator again, then this worker"
-            )
+            raise NoCoordinator(self._connection.condition, away)
 
     def _raise_if_unwanted(self) -> None:
         if self._refused is not None:

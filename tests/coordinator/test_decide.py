@@ -8,16 +8,26 @@ import pytest
 from support.membership import Service, running
 
 from elastic_batch.coordinator import events
-from elastic_batch.coordinator.decide import AskRegroup, EndWorld, Evict, FormWorld, desired_workers, worker_state
+from elastic_batch.coordinator.decide import (
+    AskRegroup,
+    EndWorld,
+    Evict,
+    FormWorld,
+    LoseSight,
+    RegainSight,
+    desired_workers,
+    worker_state,
+)
 from elastic_batch.coordinator.state import MembershipConfig, Phase, State, Worker, World
 
+AWAY, BACK = LoseSight("most workers went out of sight together"), RegainSight("all workers are back")
 FOUR = MembershipConfig(min_workers=1, max_workers=4)
 
 
 def recovered(*names: str, generation: int = 5, config: MembershipConfig = FOUR) -> Service:
     """A coordinator that was started again; its journal knows a world."""
     service = Service(config, State(generation=generation))
-    service.state.world = World(generation, names, Phase.RUNNING, service.now, recovered=True)
+    service.state.world = World(generation, names, Phase.RUNNING, service.now, out_of_sight=True)
     for name in names:
         service.state.workers[name] = Worker(name, name, False, disconnected_at=service.now, generation=generation)
     return service
@@ -138,7 +148,7 @@ def test_when_most_connections_break_one_after_the_other_they_are_waited_for_too
     service.ready("a", broken=True)
     service.settle()
     lost = [service.disconnect(name) for name in ("b", "c", "d", "e")]
-    assert lost == [[Evict("b", "worker b was lost: its connection ended")], [], [], []]
+    assert lost == [[Evict("b", "worker b was lost: its connection ended")], [], [AWAY], []]
     assert service.after(1) == []
 
 
@@ -154,14 +164,48 @@ def test_a_silent_worker_is_evicted_after_the_bound() -> None:
 
 def test_when_most_connections_break_within_the_time_of_doubt_they_are_waited_for() -> None:
     service = running("a", "b", "c")
-    for name in "abc":
-        assert service.disconnect(name) == []
+    for name, expected in (("a", []), ("b", [AWAY]), ("c", [])):
+        assert service.disconnect(name) == expected
         assert service.after(0.4) == []
     assert service.after(3.7) == []
     lost = [Evict(name, f"worker {name} was lost: its connection ended") for name in "cba"]
     assert service.after(0.2) == lost  # together, so that the world goes on if they are back
     assert back(service, "a", "b", "c")
+    assert service.settle() == [BACK]
     assert service.runs == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["disconnected", "silent"])
+def test_when_most_workers_come_back_the_rest_of_them_is_waited_for_as_long(silent: bool) -> None:
+    service = running("a", "b", "c")
+    if silent:
+        assert service.after(4, beats=False) == [AWAY]
+    else:
+        assert service.disconnect("a", "b", "c") == [AWAY]
+    for name, expected in (("a", []), ("b", []), ("c", [BACK])):
+        assert service.after(1, beats=False) == []
+        if silent:
+            service.beat(name)
+        else:
+            back(service, name)
+        assert service.settle() == expected
+        for other in "abc"["abc".index(name) :: -1]:
+            service.beat(other)
+    assert service.after(0.5) == []
+    assert service.runs == ("a", "b", "c")
+
+
+def test_only_who_is_lost_is_given_up_where_others_of_a_majority_are_back() -> None:
+    service = running("a", "b", "c", "d")
+    service.disconnect("a", "b", "c")
+    service.after(2)
+    back(service, "b")
+    assert service.after(2.9) == []
+    assert service.after(0.2)[:3] == [
+        Evict("a", "worker a was lost: its connection ended"),
+        Evict("c", "worker c was lost: its connection ended"),
+        EndWorld("worker a was lost"),
+    ]
 
 
 def test_when_most_workers_fall_silent_together_they_are_waited_for() -> None:
@@ -169,7 +213,7 @@ def test_when_most_workers_fall_silent_together_they_are_waited_for() -> None:
     for name in "abc":
         service.beat(name)
         service.now += 0.3
-    assert service.after(2.2, beats=False) == []  # the first has been silent for more than 3 s by now
+    assert service.after(2.2, beats=False) == [AWAY]  # the first has been silent for more than 3 s by now
     assert service.after(4.8, beats=False) == []
     assert service.after(0.2, beats=False) == [Evict(name, f"worker {name} was silent for 3 s") for name in "cba"]
     assert back(service, "a", "b", "c")
@@ -182,7 +226,7 @@ def test_a_silent_worker_is_not_waited_for_where_a_fellow_found_the_world_broken
     service.ready("a", broken=True)
     service.settle()
     lost = [Evict(name, f"worker {name} was silent for 3 s") for name in "bc"]
-    assert service.after(0.2, beats=False)[:2] == lost
+    assert service.after(0.2, beats=False) == [AWAY, *lost]
 
 
 def test_silence_while_the_coordinator_itself_was_held_up_evicts_nobody() -> None:
@@ -198,11 +242,11 @@ def test_silence_while_the_coordinator_itself_was_held_up_evicts_nobody() -> Non
 
 def test_when_most_connections_break_at_once_they_are_waited_for() -> None:
     service = running("a", "b", "c")
-    service.disconnect("a", "b")
+    assert service.disconnect("a", "b") == [AWAY]
     assert service.after(4.9) == []
     assert back(service, "a", "b")
-    assert service.after(1) == []
-    service.disconnect("a", "b")
+    assert service.after(1) == [BACK]
+    assert service.disconnect("a", "b") == [AWAY]
     assert [type(decision) for decision in service.after(5)] == [Evict, Evict, EndWorld]
 
 
@@ -212,9 +256,8 @@ def test_a_restarted_coordinator_adopts_the_world_that_reconnects() -> None:
     assert back(service, "b")
     assert service.after(4) == []
     assert back(service, "a", "c")
-    assert not service.world.recovered
     service.beat("a", micro_batches=3)
-    assert service.settle() == []
+    assert service.settle() == [BACK]
     assert (service.world.generation, service.runs) == (5, ("a", "b", "c"))
 
 
@@ -245,7 +288,7 @@ def test_without_a_journal_the_world_is_taken_over_from_what_a_worker_reports(ge
     service = Service(FOUR, State(generation=generation))
     assert events.hello(service.state, service.now, "b", "b", 5, ("a", "b"))
     assert events.hello(service.state, service.now, "a", "a", 5, ("a", "b"))
-    assert service.after(30) == []
+    assert service.after(30) == [BACK]
     assert (service.world.generation, service.runs) == (5, ("a", "b"))
 
 
@@ -290,7 +333,7 @@ def test_a_world_that_comes_back_into_sight_goes_on_in_the_same_generation() -> 
     assert back(service, "b")
     assert service.after(3) == []
     assert back(service, "a")
-    assert service.after(30) == []
+    assert service.after(30) == [BACK]
     assert (service.world.generation, service.runs) == (1, ("a", "b"))
     assert service.state.orphaned_at is None
 

@@ -401,7 +401,7 @@ class Membership(RuleBasedStateMachine):
         self.seen_at[generation] = service.now
         if generation and keeps_members:
             self.taken_up.add(generation)
-            service.state.world = World(generation, members, Phase.RUNNING, service.now, recovered=True)
+            service.state.world = World(generation, members, Phase.RUNNING, service.now, out_of_sight=True)
             for name in members:
                 service.state.workers[name] = Worker(
                     name, name, False, disconnected_at=service.now, generation=generation

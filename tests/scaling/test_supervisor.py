@@ -57,12 +57,13 @@ def test_nothing_is_left_when_the_supervisor_is_killed(tmp_path: Path) -> None:
 
 
 def test_the_first_signal_stops_with_75_and_the_second_kills(tmp_path: Path) -> None:
-    with start(write_script(tmp_path, LEAVES_WHEN_TOLD)) as process:
-        wait_for_pids(process)
-        process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=30)
-    assert process.returncode == 75
-    assert "SIGTERM: stopping after the update under way, with a checkpoint; once more to kill" in out
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        with start(write_script(tmp_path, LEAVES_WHEN_TOLD)) as process:
+            wait_for_pids(process)
+            process.send_signal(number)
+            out, _ = process.communicate(timeout=30)
+        assert process.returncode == 75
+        assert f"{number.name}: stopping after the update under way, with a checkpoint; once more to kill" in out
     deaf = LEAVES_WHEN_TOLD.replace("lambda *_: sys.exit(75)", "signal.SIG_IGN")
     with start(write_script(tmp_path, deaf)) as process:
         pids = wait_for_pids(process)

@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from elastic_batch.coordinator import events
-from elastic_batch.coordinator.decide import AskRegroup, Decision, EndWorld, Evict, FormWorld, Wait, decide
+from elastic_batch.coordinator.decide import (
+    AskRegroup,
+    Decision,
+    EndWorld,
+    Evict,
+    FormWorld,
+    LoseSight,
+    RegainSight,
+    Wait,
+    decide,
+)
 from elastic_batch.coordinator.state import MembershipConfig, Phase, State, World
 
 MAX_DECISIONS = 200
@@ -49,6 +59,10 @@ class Service:
         match decision:
             case Evict():
                 events.lost(self.state, self.now, decision.worker, self.config)
+            case LoseSight():
+                events.sight_lost(self.state)
+            case RegainSight():
+                events.sight_regained(self.state)
             case EndWorld():
                 events.world_ended(self.state, self.now)
             case AskRegroup():

