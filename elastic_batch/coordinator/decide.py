@@ -5,30 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from elastic_batch.coordinator.events import inside, is_inside
-from elastic_batch.coordinator.losses import changes_sight, find_lost
+from elastic_batch.coordinator.losses import Evict, LoseSight, RegainSight, look_around
 from elastic_batch.coordinator.state import MembershipConfig, Phase, State, Worker, WorkerState, World
-
-
-@dataclass(frozen=True, slots=True)
-class Evict:
-    """Give a worker up."""
-
-    worker: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class LoseSight:
-    """Take it that the way to the world's workers broke, and wait for them."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class RegainSight:
-    """The world's workers are all back."""
-
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +49,8 @@ def decide(now: float, state: State, config: MembershipConfig) -> Decision:
         state: What is known.
         config: The rules' numbers.
     """
-    if (is_seen := changes_sight(now, state, config)) is not None:
-        return RegainSight("all workers are back") if is_seen else LoseSight("most workers went out of sight together")
-    if (lost := find_lost(now, state, config)) is not None:
-        return Evict(*lost)
+    if (found := look_around(now, state, config)) is not None:
+        return found
     if state.ended is not None:
         return Wait(state.ended)
     world = state.world

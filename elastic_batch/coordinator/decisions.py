@@ -6,17 +6,9 @@ import logging
 import time
 
 from elastic_batch.coordinator import events, journal
-from elastic_batch.coordinator.decide import (
-    AskRegroup,
-    Decision,
-    EndWorld,
-    Evict,
-    FormWorld,
-    LoseSight,
-    RegainSight,
-    Wait,
-)
+from elastic_batch.coordinator.decide import AskRegroup, Decision, EndWorld, FormWorld, Wait
 from elastic_batch.coordinator.journal import JournalUnusable
+from elastic_batch.coordinator.losses import Evict, LoseSight, RegainSight
 from elastic_batch.coordinator.metrics import Cause
 from elastic_batch.coordinator.rendezvous import Store
 from elastic_batch.coordinator.rescale import Rescale

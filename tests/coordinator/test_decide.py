@@ -8,16 +8,8 @@ import pytest
 from support.membership import Service, running
 
 from elastic_batch.coordinator import events
-from elastic_batch.coordinator.decide import (
-    AskRegroup,
-    EndWorld,
-    Evict,
-    FormWorld,
-    LoseSight,
-    RegainSight,
-    desired_workers,
-    worker_state,
-)
+from elastic_batch.coordinator.decide import AskRegroup, EndWorld, FormWorld, desired_workers, worker_state
+from elastic_batch.coordinator.losses import Evict, LoseSight, RegainSight
 from elastic_batch.coordinator.state import MembershipConfig, Phase, State, Worker, World
 
 AWAY, BACK = LoseSight("most workers went out of sight together"), RegainSight("all workers are back")

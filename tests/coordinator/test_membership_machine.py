@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from support.membership import Service
 
 from elastic_batch.coordinator import events
-from elastic_batch.coordinator.decide import AskRegroup, Decision, EndWorld, Evict, FormWorld, desired_workers
+from elastic_batch.coordinator.decide import AskRegroup, Decision, EndWorld, FormWorld, desired_workers
+from elastic_batch.coordinator.losses import Evict
 from elastic_batch.coordinator.state import MembershipConfig, Phase, State, Worker, World
 from elastic_batch.protocol import Abort, Beat, Bye, Entered, Form, FromCoordinator, Hello, Leaving, Ready, Regroup
 

@@ -5,17 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from elastic_batch.coordinator import events
-from elastic_batch.coordinator.decide import (
-    AskRegroup,
-    Decision,
-    EndWorld,
-    Evict,
-    FormWorld,
-    LoseSight,
-    RegainSight,
-    Wait,
-    decide,
-)
+from elastic_batch.coordinator.decide import AskRegroup, Decision, EndWorld, FormWorld, Wait, decide
+from elastic_batch.coordinator.losses import Evict, LoseSight, RegainSight
 from elastic_batch.coordinator.state import MembershipConfig, Phase, State, World
 
 MAX_DECISIONS = 200
