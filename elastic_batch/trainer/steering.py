@@ -19,7 +19,7 @@ class SteeredOptimizer:
     Args:
         optimizer: A torch optimizer without a closure. Parameter groups keep the ratio of their learning rates.
         momentum_correction: Scale SGD's velocity by (1 - m_old) / (1 - m_new) when the momentum changes, which keeps
-            the averaged gradient (1 - m) v and lets the step follow lr / (1 - m) at once (design, section 4).
+            the averaged gradient (1 - m) v and lets the step follow lr / (1 - m) at once.
 
     Raises:
         InvalidSetting: The optimizer cannot be steered.
