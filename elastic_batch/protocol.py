@@ -83,14 +83,14 @@ class Beat(Message):
 
 
 class Progress(Message):
-    """The lead worker's newest update, at most ten a second."""
+    """What the lead worker records: its newest update, at most ten a second, and everything else."""
 
     kind: Literal["progress"] = "progress"
     generation: int
     record: dict[str, Any]
-    """The update's line in the metrics log."""
-    counters: dict[str, float] = Field(default_factory=dict)
-    """Totals since the run began, by name."""
+    """With an update's or evaluation's `kind` its line in the metrics log; else see `telemetry.Metrics.happened`."""
+    skipped: int = Field(default=0, ge=0)
+    """Updates since the last report that consumed their samples but changed nothing; this one included."""
 
 
 class Leaving(Message):
@@ -163,6 +163,13 @@ class Regroup(Message):
     reason: str
 
 
+class Probe(Message):
+    """A fellow's connection to the coordinator ended: see whether it is gone from the world too."""
+
+    kind: Literal["probe"] = "probe"
+    generation: int
+
+
 class Abort(Message):
     """The world is over, or was never formed: stop waiting for its collectives and say `Ready`."""
 
@@ -204,7 +211,7 @@ class StoreReply(Message):
 
 
 FromWorker = Hello | Ready | Entered | Beat | Progress | Leaving | Bye | StoreRequest
-FromCoordinator = Welcome | Refused | Form | Regroup | Abort | Leave | Stop | End | StoreReply
+FromCoordinator = Welcome | Refused | Form | Regroup | Probe | Abort | Leave | Stop | End | StoreReply
 
 _FROM_WORKER: TypeAdapter[FromWorker] = TypeAdapter(Annotated[FromWorker, Field(discriminator="kind")])
 _FROM_COORDINATOR: TypeAdapter[FromCoordinator] = TypeAdapter(Annotated[FromCoordinator, Field(discriminator="kind")])

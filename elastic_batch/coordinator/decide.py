@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from elastic_batch.coordinator.events import inside, is_inside
-from elastic_batch.coordinator.losses import Evict, LoseSight, RegainSight, look_around
+from elastic_batch.coordinator.losses import Evict, Finding, look_around
 from elastic_batch.coordinator.state import MembershipConfig, Phase, State, Worker, WorkerState, World
 
 
@@ -38,7 +38,7 @@ class Wait:
     reason: str
 
 
-Decision = Evict | LoseSight | RegainSight | EndWorld | AskRegroup | FormWorld | Wait
+Decision = Finding | EndWorld | AskRegroup | FormWorld | Wait
 
 
 def decide(now: float, state: State, config: MembershipConfig) -> Decision:

@@ -8,14 +8,14 @@ import time
 from elastic_batch.coordinator import events, journal
 from elastic_batch.coordinator.decide import AskRegroup, Decision, EndWorld, FormWorld, Wait
 from elastic_batch.coordinator.journal import JournalUnusable
-from elastic_batch.coordinator.losses import Evict, LoseSight, RegainSight
+from elastic_batch.coordinator.losses import Doubt, Evict, LoseSight, RegainSight
 from elastic_batch.coordinator.metrics import Cause
 from elastic_batch.coordinator.rendezvous import Store
 from elastic_batch.coordinator.rescale import Rescale
 from elastic_batch.coordinator.run import COMPLETE, Run
 from elastic_batch.coordinator.state import Phase
 from elastic_batch.failpoints import reach
-from elastic_batch.protocol import Abort, End, Form, Regroup, Stop
+from elastic_batch.protocol import Abort, End, Form, Probe, Regroup, Stop
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,8 @@ class Decisions:
         match decision:
             case Evict():
                 self._evict(now, decision)
+            case Doubt():
+                self._doubt(decision)
             case LoseSight():
                 logger.warning("%s: they are waited for", decision.reason)
                 events.sight_lost(self._run.state)
@@ -110,12 +112,18 @@ class Decisions:
             logger.warning("the lead worker was lost before it had saved the end of the job: the rest is done again")
             state.ended = None
 
+    def _doubt(self, decision: Doubt) -> None:
+        run, world = self._run, self._run.state.world
+        assert world is not None
+        logger.info("%s", decision.reason)
+        fellows = [name for name in world.members if name != decision.worker]
+        run.connections.tell(fellows, Probe(generation=world.generation))
+        events.doubted(run.state, decision.worker)
+
     def _end_world(self, now: float, decision: EndWorld) -> None:
         run, world = self._run, self._run.state.world
         assert world is not None
         logger.warning("generation %d is over: %s", world.generation, decision.reason)
-        if world.phase is Phase.RUNNING:
-            run.metrics.world_broke()
         run.connections.tell(world.members, Abort(generation=world.generation, reason=decision.reason))
         run.store.withdraw(f"generation {world.generation} is over: {decision.reason}")
         events.world_ended(run.state, now)

@@ -111,7 +111,7 @@ def left(state: State, now: float, name: str) -> None:
 def disconnected(state: State, now: float, name: str) -> None:
     """A worker's connection broke."""
     if (worker := state.workers.get(name)) is not None and worker.connected:
-        worker.connected, worker.disconnected_at = False, now
+        worker.connected, worker.disconnected_at, worker.doubted = False, now, False
 
 
 def exited(state: State, now: float, name: str, config: MembershipConfig) -> None:
@@ -169,6 +169,11 @@ def world_ended(state: State, now: float) -> None:
         for worker in members:
             worker.failed_formings += 1
     world.phase, world.since = Phase.ENDING, now
+
+
+def doubted(state: State, name: str) -> None:
+    """A worker's fellows were asked whether they miss it too."""
+    state.workers[name].doubted = True
 
 
 def sight_lost(state: State) -> None:

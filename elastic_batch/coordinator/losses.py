@@ -34,7 +34,18 @@ class RegainSight:
     reason: str
 
 
-def look_around(now: float, state: State, config: MembershipConfig) -> Evict | LoseSight | RegainSight | None:
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """Ask a worker's fellows whether they miss it too."""
+
+    worker: str
+    reason: str
+
+
+Finding = Evict | Doubt | LoseSight | RegainSight
+
+
+def look_around(now: float, state: State, config: MembershipConfig) -> Finding | None:
     """What is to be done about workers that are out of sight; None if nothing is now. It is asked again after each.
 
     A world goes out of sight with more than half of its workers and is back with the last of them. What lies between is
@@ -70,6 +81,10 @@ def look_around(now: float, state: State, config: MembershipConfig) -> Evict | L
         return RegainSight("all workers are back")
     if not world.out_of_sight and unseen and num_members > 1 and 2 * num_seen < num_members:
         return LoseSight("most workers went out of sight together")
+    if trains_on and not world.out_of_sight:
+        for worker in inner:
+            if not worker.connected and not worker.doubted:
+                return Doubt(worker.name, f"worker {worker.name} is out of sight: its connection ended")
     is_known = _is_broken(inner) and len(unseen) == 1 and len(inner) == num_members
     silent, cut = _graces(world, trains_on=trains_on, is_known=is_known, config=config)
     due = [w for w in inner if w.name in unseen and unseen[w.name] >= (silent if w.connected else cut)]

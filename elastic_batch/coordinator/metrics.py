@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from elastic_batch.coordinator.decide import desired_workers, worker_state
 from elastic_batch.coordinator.state import MembershipConfig, State, WorkerState
 from elastic_batch.rundir import LedgerReader
-from elastic_batch.telemetry.metrics import Metrics
+from elastic_batch.telemetry.metrics import CHECKPOINT_RESULTS, Metrics
 
 Cause = Literal["start", "join", "leave", "loss", "shrink", "retry"]
 """Why a world was formed: the first; workers came, were told to go, were lost, were too many; the last one failed."""
@@ -23,6 +23,8 @@ _SECONDS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 3.0, 10.0, 30.0, 100.0)
 _LEDGER_BYTES = 1 << 20
 """What is read of the ledger for one answer: all of it may be long after a restart, and others wait meanwhile."""
 _TOTALS = ("updates", "samples", "repeated", "skipped")
+_CHECKPOINT = ("num_bytes", "position", "created_seconds")
+"""What is known of the newest checkpoint."""
 
 
 class WorldMetrics:
@@ -67,15 +69,27 @@ class WorldMetrics:
             before = totals.get(f"rescales_{cause}", 0.0)
             self._rescales.labels(self._run, cause).inc(before)
             self.totals[f"rescales_{cause}"] = before
+        for result in CHECKPOINT_RESULTS:
+            before = totals.get(f"checkpoints_{result}", 0.0)
+            self._metrics.checkpoints(result, before)
+            self.totals[f"checkpoints_{result}"] = before
+        found = {name: totals[key] for name in _CHECKPOINT if (key := f"checkpoint_{name}") in totals}
+        if len(found) == len(_CHECKPOINT):
+            self._metrics.checkpoint_found(
+                num_bytes=int(found["num_bytes"]),
+                position=int(found["position"]),
+                created_seconds=found["created_seconds"],
+            )
+            self.totals |= {f"checkpoint_{name}": value for name, value in found.items()}
         if record:
             self._show(record)
 
-    def take(self, record: Mapping[str, Any], counters: Mapping[str, float]) -> None:
+    def take(self, record: Mapping[str, Any], skipped: int) -> None:
         """Take in the newest update; not every one is reported.
 
         Args:
             record: Its line in the metrics log.
-            counters: Totals of the whole run; those that are missing are told from the records.
+            skipped: How many were skipped since the last report.
         """
         before, last = dict(self.totals), self._last
         updates = record["update"] - last.get("update", 0)
@@ -86,14 +100,26 @@ class WorldMetrics:
         told = {
             "updates": before.get("updates", 0) + updates,
             "samples": before.get("samples", 0) + samples,
-            "skipped": before.get("skipped", 0) + bool(record.get("skipped")),
+            "skipped": before.get("skipped", 0) + skipped,
         }
-        self._raise_to({**told, **counters})
+        self._raise_to(told)
         self._show(record)
 
-    def world_broke(self) -> None:
-        """The update under way was discarded: it is done again."""
-        self._raise_to({"repeated": self.totals.get("repeated", 0) + 1})
+    def happened(self, record: Mapping[str, Any]) -> None:
+        """Take in what else the lead worker reports.
+
+        Raises:
+            KeyError, TypeError, ValueError: The record is not as it should be.
+        """
+        if record["kind"] == "repeated":
+            self._raise_to({"repeated": self.totals.get("repeated", 0) + record["updates"]})
+            return
+        self._metrics.happened(record)
+        if record["kind"] == "checkpoint":
+            name = f"checkpoints_{record['result']}"
+            self.totals[name] = self.totals.get(name, 0.0) + 1
+        if "created_seconds" in record:
+            self.totals |= {f"checkpoint_{name}": float(record[name]) for name in _CHECKPOINT}
 
     def rescaled(self, cause: Cause, seconds: Mapping[Step, float]) -> None:
         """A world began to train.

@@ -178,9 +178,9 @@ class Reception:
         state = self._run.state
         if progress.generation == state.generation and events.is_inside(state, name):
             try:
-                self._run.take(progress.record, progress.counters)
+                self._run.take(progress.record, progress.skipped)
             except (KeyError, TypeError, ValueError) as error:
-                logger.warning("worker %s reports an update that lacks something: %r", name, error)
+                logger.warning("worker %s reports something that is not as it should be: %r", name, error)
 
     def _ask_store(self, now: float, connection: Connection, name: str, request: StoreRequest) -> None:
         def reply(answer: StoreReply) -> None:

@@ -104,14 +104,21 @@ class Run:
         kept = self.state.workers.keys() | set(self.state.world.members if self.state.world else ())
         self.members = {name: member for name, member in self.members.items() if name in kept}
 
-    def take(self, record: dict[str, Any], counters: dict[str, float]) -> None:
-        """Note the newest update."""
+    def take(self, record: dict[str, Any], skipped: int) -> None:
+        """Note what the lead worker reports: the newest update, with how many were skipped since the last one, or more.
+
+        Raises:
+            KeyError, TypeError, ValueError: The record is not as it should be.
+        """
+        if record["kind"] != "update":
+            self.metrics.happened(record)
+            return
         self.record = record
         seconds = record.get("seconds")
         if isinstance(seconds, int | float):
             self._update_seconds.append(seconds)
             self.state.median_update = statistics.median(self._update_seconds)
-        self.metrics.take(record, counters)
+        self.metrics.take(record, skipped)
 
     def save_progress(self) -> None:
         """Let progress survive this process.

@@ -68,6 +68,7 @@ class Worker:
         connected: Whether its connection stands.
         heard_at: When it last said anything.
         disconnected_at: When its connection broke.
+        doubted: Whether its fellows were asked since if they miss it too.
         ready: Whether it waits for a world.
         ready_at: Since when; joiners are taken in that order.
         generation: The world that it is in, or waits after; -1: none.
@@ -85,6 +86,7 @@ class Worker:
     connected: bool = True
     heard_at: float = 0.0
     disconnected_at: float = 0.0
+    doubted: bool = False
     ready: bool = False
     ready_at: float = 0.0
     generation: int = -1

@@ -18,7 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from elastic_batch.engines.launchers import LaunchedWorld
 from elastic_batch.engines.protocol import Handle
-from elastic_batch.engines.sockets import Descriptors, Formation, open_sockets, opened_since, shut_down
+from elastic_batch.engines.sockets import Descriptors, Formation, any_ended, open_sockets, opened_since, shut_down
 from elastic_batch.errors import WorldBroken
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
@@ -148,6 +148,10 @@ class DistributedEngine:
             return
         # gloo has no abort that wakes pending collectives: they end when their connections do.
         shut_down(self._sockets)
+
+    def probe(self) -> None:
+        if any_ended(self._sockets):
+            self.abort()
 
     def close(self) -> None:
         group, self._group, self._sockets = self._group, None, {}

@@ -32,8 +32,8 @@ class Handle(Protocol):
 class Engine(Protocol):
     """The collectives of one world, as seen by one of its workers.
 
-    Every worker launches the same collectives in the same order. Calls come from the training thread; `abort` alone
-    may come from any thread.
+    Every worker launches the same collectives in the same order. Calls come from the training thread; `abort` and
+    `probe` may come from any.
     """
 
     rank: int
@@ -51,6 +51,9 @@ class Engine(Protocol):
 
     def abort(self) -> None:
         """Make every pending and later wait here raise `WorldBroken`, within a second. Never blocks."""
+
+    def probe(self) -> None:
+        """Abort if a connection to another worker has ended. Never blocks."""
 
     def check(self) -> None:
         """Raise `WorldBroken` if the world was aborted: nobody should go on to compute for it."""
@@ -141,7 +144,10 @@ class Membership(Protocol):
         """This worker is told to end: it would leave at the next boundary. False if the others cannot go on then."""
 
     def progress(self, record: Mapping[str, Any]) -> None:
-        """The lead worker committed an update; its line in the metrics log. Must not block."""
+        """The lead worker has a new record: an update's line in the metrics log, or what else metrics count.
+
+        Must not block; called on the training thread for updates, on any for other records.
+        """
 
     def close(self) -> None:
         """Say goodbye; the standing tells why."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import stat
 from collections.abc import Iterator
@@ -41,6 +42,9 @@ class Formation:
         self._aborted = True
         shut_down(self.sockets())
 
+    def probe(self) -> None:
+        """What is missing while connections are made is missed by who makes them."""
+
     def sockets(self) -> Descriptors:
         """What was opened since it began."""
         return opened_since(self._before)
@@ -58,6 +62,21 @@ def shut_down(descriptors: Descriptors) -> None:
             is_listening = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
             if os.fstat(connection.fileno()).st_ino == inode and not is_listening:
                 connection.shutdown(socket.SHUT_RDWR)
+
+
+def any_ended(descriptors: Descriptors) -> bool:
+    """Whether one of some connections was closed, on this side or the other."""
+    for number, inode in descriptors.items():
+        try:
+            with _borrowed(number) as connection:
+                status = os.fstat(connection.fileno())
+                look = select.poll()
+                look.register(connection, select.POLLRDHUP)
+                if status.st_ino != inode or look.poll(0):
+                    return True
+        except OSError:
+            return True
+    return False
 
 
 def _is_network_socket(number: int) -> bool:

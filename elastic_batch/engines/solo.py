@@ -27,6 +27,9 @@ class SoloEngine:
     def abort(self) -> None:
         self._aborted = True
 
+    def probe(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

@@ -19,6 +19,7 @@ from elastic_batch.version import VERSION
 _Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
 
 _PREFIX = "elastic_batch"
+CHECKPOINT_RESULTS = ("saved", "failed", "superseded")
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 _UPDATE_GAUGES = {
@@ -75,7 +76,7 @@ class Metrics:
         self._repeated = self._counter("repeated_updates", "Updates done again after a failure or a resume")
         self._skipped = self._counter("skipped_updates", "Updates that consumed their samples but changed nothing")
         self._checkpoints = self._counter("checkpoints", "Checkpoints, by result: saved, failed, superseded", "result")
-        for result in ("saved", "failed", "superseded"):
+        for result in CHECKPOINT_RESULTS:
             self._checkpoints.labels(run, result)
         Info(f"{_PREFIX}_build", "Versions", ("run",), registry=registry).labels(run).info(
             {"version": VERSION, "torch": _torch_version(), "python": platform.python_version()}
@@ -98,6 +99,34 @@ class Metrics:
         """Take in the record of a committed update."""
         self._count(record)
         self.show(record)
+
+    def happened(self, record: Mapping[str, Any]) -> None:
+        """Take in the record of something else than an update.
+
+        Args:
+            record: Its `kind` is `evaluation` (a line of the metrics log), `checkpoint` (with `result`: `failed`,
+                `superseded`, or `saved` with the arguments of `checkpoint_saved`), `checkpoint found` (with those of
+                `checkpoint_found`), `checkpoint blocked` (with `seconds`), `repeated` (with `updates`).
+
+        Raises:
+            KeyError, TypeError, ValueError: It is none of these, or lacks something.
+        """
+        given = {name: value for name, value in record.items() if name not in ("kind", "result")}
+        match record["kind"]:
+            case "evaluation":
+                self.evaluation(record)
+            case "checkpoint" if record["result"] == "saved":
+                self.checkpoint_saved(**given)
+            case "checkpoint" if record["result"] in ("failed", "superseded"):
+                self.checkpoints(record["result"], 1)
+            case "checkpoint found":
+                self.checkpoint_found(**given)
+            case "checkpoint blocked":
+                self._child(self._blocked_seconds).observe(record["seconds"])
+            case "repeated":
+                self.repeated(record["updates"])
+            case kind:
+                raise ValueError(f"{kind!r} is no kind of record")
 
     def count(self, *, updates: float = 0, samples: float = 0, repeated: float = 0, skipped: float = 0) -> None:
         """Raise the counters of work by so much."""
@@ -143,27 +172,19 @@ class Metrics:
             position: Samples committed in it.
             created_seconds: When, in seconds since 1970.
         """
-        self._child(self._checkpoints, "saved").inc()
+        self.checkpoints("saved", 1)
         self._child(self._checkpoint_seconds).observe(seconds)
         self.checkpoint_found(num_bytes=num_bytes, position=position, created_seconds=created_seconds)
+
+    def checkpoints(self, result: str, number: float) -> None:
+        """Count checkpoints by what became of them."""
+        self._child(self._checkpoints, result).inc(number)
 
     def checkpoint_found(self, *, num_bytes: int, position: int, created_seconds: float) -> None:
         """Take in the checkpoint that was resumed from: its size, position and age count until there is a newer one."""
         self._child(self._checkpoint_bytes).set(num_bytes)
         self._child(self._checkpoint_position).set(position)
         self._child(self._checkpoint_age).set_function(lambda: max(0.0, self._clock() - created_seconds))
-
-    def checkpoint_blocked(self, seconds: float) -> None:
-        """Take in how long training waited for the copy of a state."""
-        self._child(self._blocked_seconds).observe(seconds)
-
-    def checkpoint_failed(self) -> None:
-        """Count a checkpoint that could not be written."""
-        self._child(self._checkpoints, "failed").inc()
-
-    def checkpoint_superseded(self) -> None:
-        """Count a checkpoint that was not written because a newer one took its place."""
-        self._child(self._checkpoints, "superseded").inc()
 
     def watch_ledger(self, lost_samples: Callable[[int], float]) -> None:
         """Compare the position with an independent reading of the ledger whenever the metrics are read.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from elastic_batch.rundir import Commit, RunDirectory, is_used, read_metrics
 from elastic_batch.telemetry import Metrics, MetricsFile, MetricsServer
 from elastic_batch.trainer.options import TrainerOptions
 
+Report = Callable[[Mapping[str, Any]], None]
+
 
 class Outlets:
     """Fans records out to everything that the options name; open until `close`.
@@ -21,6 +23,7 @@ class Outlets:
     Args:
         options: Which outlets there are.
         goes_on: Whether the run that is in the run directory goes on, whatever the options say of resuming.
+        report: Hears of everything that metrics count besides updates, on any thread.
 
     Raises:
         RunDirectoryUsed: A fresh run was asked for in a used directory.
@@ -28,8 +31,9 @@ class Outlets:
         OSError: The run directory cannot be written to.
     """
 
-    def __init__(self, options: TrainerOptions, *, goes_on: bool) -> None:
+    def __init__(self, options: TrainerOptions, *, goes_on: bool, report: Report) -> None:
         self._loggers = options.loggers
+        self._report = report
         self._directory = _open_directory(options, goes_on)
         self._seconds = 0.0
         registry = CollectorRegistry()
@@ -50,18 +54,13 @@ class Outlets:
         """What the writer of checkpoints tells the outlets."""
 
         def on_saved(manifest: Manifest, seconds: float) -> None:
-            self.metrics.checkpoint_saved(
-                seconds=seconds,
-                num_bytes=manifest.num_bytes,
-                position=manifest.position,
-                created_seconds=manifest.created_seconds,
-            )
+            self.happened({"kind": "checkpoint", "result": "saved", "seconds": seconds, **_describe(manifest)})
 
         def on_failed(_: Exception, __: CheckpointInfo) -> None:
-            self.metrics.checkpoint_failed()
+            self.happened({"kind": "checkpoint", "result": "failed"})
 
         def on_superseded(_: CheckpointInfo) -> None:
-            self.metrics.checkpoint_superseded()
+            self.happened({"kind": "checkpoint", "result": "superseded"})
 
         return WriterEvents(before_save=self.sync, saved=on_saved, failed=on_failed, superseded=on_superseded)
 
@@ -69,6 +68,15 @@ class Outlets:
         """Write down what an earlier lead worker that was killed may not have."""
         if self._directory is not None:
             self._directory.complete(commits)
+
+    def checkpoint_found(self, manifest: Manifest) -> None:
+        """Put out which checkpoint the run goes on from."""
+        self.happened({"kind": "checkpoint found", **_describe(manifest)})
+
+    def happened(self, record: Mapping[str, Any]) -> None:
+        """Put out what metrics count besides updates: see `Metrics.happened`."""
+        self.metrics.happened(record)
+        self._report(record)
 
     def update(self, record: Mapping[str, Any], commit: Commit) -> None:
         """Put out the record of a committed update."""
@@ -85,7 +93,7 @@ class Outlets:
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Put out the record of an evaluation."""
-        self.metrics.evaluation(record)
+        self.happened(record)
         if self._directory is not None:
             self._directory.record(record)
             self._directory.flush()
@@ -124,6 +132,14 @@ class Outlets:
             self._directory.close()
         for each in self._loggers:
             each.close()
+
+
+def _describe(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "num_bytes": manifest.num_bytes,
+        "position": manifest.position,
+        "created_seconds": manifest.created_seconds,
+    }
 
 
 def _open_directory(options: TrainerOptions, goes_on: bool) -> RunDirectory | None:

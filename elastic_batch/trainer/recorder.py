@@ -20,7 +20,7 @@ from elastic_batch.rundir import Commit, read_run_id
 from elastic_batch.schedule import Duration, Schedule, walk
 from elastic_batch.strict_json import to_json
 from elastic_batch.trainer.options import TrainerOptions
-from elastic_batch.trainer.outlets import Outlets
+from elastic_batch.trainer.outlets import Outlets, Report
 from elastic_batch.trainer.progress import Progress
 from elastic_batch.trainer.saving import Saver
 from elastic_batch.trainer.update import Update
@@ -42,6 +42,7 @@ class Recorder:
     Attributes:
         fingerprint: What alters the trajectory.
         last_record: The newest update's record; empty before the first, and on other workers than the lead.
+        report: Hears of everything that metrics count besides updates, on any thread.
     """
 
     def __init__(self, options: TrainerOptions, schedule: Schedule, fingerprint: Mapping[str, Any]) -> None:
@@ -58,6 +59,7 @@ class Recorder:
         self._final_metrics: dict[str, float] = {}
         self._ending: dict[str, Any] = {}
         self.last_record: dict[str, Any] = {}
+        self.report: Report = lambda record: None
 
     @property
     def checkpoint_location(self) -> str | None:
@@ -144,14 +146,12 @@ class Recorder:
             self._outlets.flush()
 
     def _open(self, generation: int, progress: Progress, *, is_new: bool) -> None:
-        self._outlets = outlets = Outlets(self._options, goes_on=not is_new)
+        self._outlets = outlets = Outlets(self._options, goes_on=not is_new, report=self.report)
         self._owes = True
         if progress.num_updates:
             outlets.metrics.resume(update=progress.num_updates, position=progress.position)
         if (found := self._resumed_from) is not None:
-            outlets.metrics.checkpoint_found(
-                num_bytes=found.num_bytes, position=found.position, created_seconds=found.created_seconds
-            )
+            outlets.checkpoint_found(found)
         if (location := self.checkpoint_location) is not None:
             store = CheckpointStore(location, keep=self._options.keep, generation=generation)
             self._saver = Saver(store, self._checkpoint_interval(), outlets.checkpoint_events)
@@ -216,7 +216,7 @@ class Recorder:
     def repeated(self) -> None:
         """Count an update that has to be done again."""
         if self._outlets is not None:
-            self._outlets.metrics.repeated()
+            self._outlets.happened({"kind": "repeated", "updates": 1})
 
     def maybe_checkpoint(self, collect: Collect, before: int, position: int, num_updates: int) -> None:
         """Save a checkpoint if one became due between the positions `before` and `position`."""
@@ -265,7 +265,7 @@ class Recorder:
         started = time.monotonic()
         info = CheckpointInfo(position=position, update=num_updates, fingerprint=self.fingerprint)
         if self._saver.save(collect, info):
-            self._outlets.metrics.checkpoint_blocked(time.monotonic() - started)
+            self._outlets.happened({"kind": "checkpoint blocked", "seconds": time.monotonic() - started})
 
     def _checkpoint_interval(self) -> int | None:
         every = self._options.checkpoint_every

@@ -265,6 +265,7 @@ class Trainer:
         if self._loop is not None:
             return self._loop
         self._membership = self._membership or open_membership(self._device)
+        self._recorder.report = self._membership.progress
         worlds = Worlds(
             self._membership,
             self._device,

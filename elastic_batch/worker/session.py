@@ -27,6 +27,7 @@ from elastic_batch.protocol import (
     FromCoordinator,
     Leave,
     Leaving,
+    Probe,
     Progress,
     Ready,
     Refused,
@@ -80,6 +81,7 @@ class Session:
         self._refused: str | None = None
         self._job: dict[str, Any] = {}
         self._progress_at = 0.0
+        self._skipped = 0
         self._progress_micro_batches = 0
         self._credentials = credentials
         self._connection = Connection(credentials, self)
@@ -112,13 +114,18 @@ class Session:
         return True
 
     def progress(self, record: Mapping[str, Any]) -> None:
+        if record["kind"] != "update":
+            self._connection.send(Progress(generation=self._generation, record=dict(record)))
+            return
         now = time.monotonic()
         wanted = self._standing.num_micro_batches
+        self._skipped += record["skipped"]
         if wanted == self._progress_micro_batches and now - self._progress_at < _PROGRESS_SECONDS:
             return
         self._progress_at, self._progress_micro_batches = now, wanted
         # The beat says how many micro-batches come next: at a milestone the coordinator recruits at once.
-        self._connection.send(self.beat(), Progress(generation=self._generation, record=dict(record)))
+        skipped, self._skipped = self._skipped, 0
+        self._connection.send(self.beat(), Progress(generation=self._generation, record=dict(record), skipped=skipped))
 
     def close(self) -> None:
         atexit.unregister(self.close)
@@ -171,6 +178,9 @@ class Session:
                     logger.info("generation %d is over: %s", message.generation, message.reason)
                     if self._generation <= message.generation and self._engine is not None:
                         self._engine.abort()
+                case Probe():
+                    if self._generation == message.generation and self._engine is not None:
+                        self._engine.probe()
                 case Leave():
                     self._leaves = message.reason
                 case Stop():

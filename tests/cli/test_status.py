@@ -27,7 +27,7 @@ def _with_a_worker(run_dir: Path, use: Callable[[], Any]) -> Any:
         async with serving(run_dir) as coordinator, connected(run_dir, "local-1") as worker:
             await worker.ready()
             form = await worker.enter()
-            await worker.say(Progress(generation=form.generation, record={**RECORD, "seconds": 0.1}))
+            await worker.say(Progress(generation=form.generation, record={**RECORD, "kind": "update", "seconds": 0.1}))
             await coordinator.until(lambda status: status["update"] == 5)
             result = await asyncio.to_thread(use)
             if result == "drained":

@@ -9,7 +9,7 @@ from support.membership import Service, running
 
 from elastic_batch.coordinator import events
 from elastic_batch.coordinator.decide import AskRegroup, EndWorld, FormWorld, desired_workers, worker_state
-from elastic_batch.coordinator.losses import Evict, LoseSight, RegainSight
+from elastic_batch.coordinator.losses import Doubt, Evict, LoseSight, RegainSight
 from elastic_batch.coordinator.state import MembershipConfig, Phase, State, Worker, World
 
 AWAY, BACK = LoseSight("most workers went out of sight together"), RegainSight("all workers are back")
@@ -126,6 +126,19 @@ def test_a_broken_connection_that_is_back_while_nobody_finds_the_world_broken_ch
     assert back(service, "b")
     assert service.after(5) == []
     assert service.runs == ("a", "b")
+
+
+def test_the_fellows_of_one_whose_connection_ended_are_asked_once_each_time() -> None:
+    service = running("a", "b", "c")
+    before = len(service.taken)
+    for _ in range(2):
+        service.disconnect("b")
+        service.after(0.3)
+        back(service, "b")
+        service.settle()
+    assert service.taken[before:] == 2 * [Doubt("b", "worker b is out of sight: its connection ended")]
+    service.disconnect("a", "b")
+    assert service.taken[before + 2 :] == [AWAY]
 
 
 def test_a_broken_connection_is_a_loss_at_once_where_a_fellow_found_the_world_broken() -> None:

@@ -39,7 +39,7 @@ def _value(registry: CollectorRegistry, name: str, **labels: str) -> float | Non
 def test_updates_between_two_reports_are_counted(registry: CollectorRegistry) -> None:
     metrics = WorldMetrics(registry, run="r")
     for update in (3, 10):
-        metrics.take(_record(update, loss=0.5), {})
+        metrics.take(_record(update, loss=0.5), 0)
     assert _value(registry, "updates_total") == 10
     assert _value(registry, "samples_total") == 80
     assert _value(registry, "position_samples") == 80
@@ -49,10 +49,10 @@ def test_updates_between_two_reports_are_counted(registry: CollectorRegistry) ->
 def test_updates_that_are_done_again_are_counted_as_repeated(registry: CollectorRegistry) -> None:
     metrics = WorldMetrics(registry, run="r")
     for update in (10, 8, 9):
-        metrics.take(_record(update), {})
+        metrics.take(_record(update), 0)
     assert _value(registry, "updates_total") == 12
     assert _value(registry, "repeated_updates_total") == 3
-    metrics.world_broke()
+    metrics.happened({"kind": "repeated", "updates": 1})
     assert _value(registry, "repeated_updates_total") == 4
 
 
@@ -64,27 +64,48 @@ def test_samples_that_no_line_of_the_ledger_commits_show(registry: CollectorRegi
     with RunDirectory.create(tmp_path, {}) as run:
         run.commit(Commit(1, 0, 8, generation=1))
         run.flush()
-        metrics.take(_record(4), {})
+        metrics.take(_record(4), 0)
         assert _value(registry, "lost_samples") == 0
         run.commit(Commit(4, 24, 32, generation=2))
     assert _value(registry, "lost_samples") == 16
 
 
-def test_totals_that_a_worker_knows_win(registry: CollectorRegistry) -> None:
+def test_updates_that_were_skipped_between_two_reports_are_counted(registry: CollectorRegistry) -> None:
     metrics = WorldMetrics(registry, run="r")
-    metrics.take(_record(5), {"updates": 7, "repeated": 2, "skipped": 1})
-    assert _value(registry, "updates_total") == 7
-    assert _value(registry, "repeated_updates_total") == 2
-    assert _value(registry, "skipped_updates_total") == 1
+    metrics.take(_record(5), 3)
+    metrics.take(_record(9), 1)
+    assert _value(registry, "skipped_updates_total") == 4
+
+
+def test_checkpoints_and_evaluations_outlive_the_coordinator(registry: CollectorRegistry) -> None:
+    first = WorldMetrics(CollectorRegistry(), run="r")
+    for result in ("failed", "saved", "saved"):
+        found = {"seconds": 0.1, "num_bytes": 20, "position": 64, "created_seconds": 990.0} if result == "saved" else {}
+        first.happened({"kind": "checkpoint", "result": result, **found})
+    second = WorldMetrics(registry, run="r")
+    second.resume(first.totals, {})
+    second.happened({"kind": "checkpoint", "result": "superseded"})
+    second.happened({"kind": "evaluation", "metrics": {"accuracy": 0.5}})
+    counts = [_value(registry, "checkpoints_total", result=result) for result in ("saved", "failed", "superseded")]
+    assert counts == [2, 1, 1]
+    assert _value(registry, "checkpoint_bytes") == 20
+    assert _value(registry, "checkpoint_position_samples") == 64
+    assert _value(registry, "evaluation", metric="accuracy") == 0.5
+
+
+@pytest.mark.parametrize("record", [{}, {"kind": "nonsense"}, {"kind": "checkpoint"}, {"kind": "checkpoint found"}])
+def test_a_report_that_is_not_as_it_should_be_is_refused(registry: CollectorRegistry, record: dict[str, str]) -> None:
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        WorldMetrics(registry, run="r").happened(record)
 
 
 def test_a_restart_resets_no_counter(registry: CollectorRegistry) -> None:
     first = WorldMetrics(CollectorRegistry(), run="r")
-    first.take(_record(5), {})
+    first.take(_record(5), 0)
     first.rescaled("loss", {"detect": 0.1})
     second = WorldMetrics(registry, run="r")
     second.resume(first.totals, _record(5))
-    second.take(_record(7), {})
+    second.take(_record(7), 0)
     assert _value(registry, "updates_total") == 7
     assert _value(registry, "rescales_total", cause="loss") == 1
     assert _value(registry, "rescales_total", cause="join") == 0

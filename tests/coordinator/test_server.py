@@ -180,7 +180,7 @@ def test_a_restarted_coordinator_adopts_the_world_and_its_counters(tmp_path: Pat
     async def scenario() -> None:
         async with serving(tmp_path) as first, connected(tmp_path, "a") as a, connected(tmp_path, "b") as b:
             form = await _world(a, b)
-            await a.say(Progress(generation=form.generation, record={**RECORD, "seconds": 0.1}))
+            await a.say(Progress(generation=form.generation, record={**RECORD, "kind": "update", "seconds": 0.1}))
             await first.until(lambda status: status["update"] == 5)
         async with serving(tmp_path) as second:
             same = {"generation": form.generation, "members": form.members, "run_id": first.announcement.run_id}

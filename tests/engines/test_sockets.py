@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from elastic_batch.engines import Formation
-from elastic_batch.engines.sockets import open_sockets, opened_since, shut_down
+from elastic_batch.engines.sockets import any_ended, open_sockets, opened_since, shut_down
 
 
 def _connected() -> tuple[socket.socket, socket.socket, socket.socket]:
@@ -30,6 +30,26 @@ def test_connections_opened_since_are_shut_down_and_older_ones_are_not() -> None
     assert old_client.recv(1) == b"x"
     again = socket.create_connection(server.getsockname())  # the listening socket still listens
     for each in (old_server, old_client, old_accepted, server, client, accepted, again):
+        each.close()
+
+
+@pytest.mark.parametrize("which", ["nobody", "this side", "the other side", "this side, and another took its number"])
+def test_a_connection_that_ended_is_noticed_on_whichever_side(which: str) -> None:
+    before = open_sockets()
+    server, client, accepted = _connected()
+    ours = {number: inode for number, inode in opened_since(before).items() if number != accepted.fileno()}
+    assert not any_ended(ours)
+    others = [server, client, accepted]
+    if which.startswith("this side"):
+        number = client.fileno()
+        client.close()
+        if "another" in which:
+            others.append(socket.create_connection(server.getsockname()))
+            assert others[-1].fileno() == number
+    elif which == "the other side":
+        accepted.close()
+    assert any_ended(ours) == (which != "nobody")
+    for each in others:
         each.close()
 
 

@@ -39,6 +39,9 @@ class FailingEngine:
     def abort(self) -> None:
         self._aborted = True  # but not the inner one: the next world is on the same connections
 
+    def probe(self) -> None:
+        pass
+
     def check(self) -> None:
         if self._aborted:
             raise WorldBroken("aborted", self.generation)

@@ -70,6 +70,8 @@ def work(worlds: Worlds, rank: int, port: int, results: Connection) -> None:
         numbers = torch.full((100_000,), rank + 1.0, device=device)
         engine.all_reduce(numbers).wait()
         assert numbers.sum().item() == 100_000 * size * (size + 1) / 2
+        engine.probe()
+        engine.check()  # nobody is missing
         if generation % 2:
             meet(f"through {generation}")  # an abort would end the others' sum
             engine.abort()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from elastic_batch.coordinator import events
 from elastic_batch.coordinator.decide import AskRegroup, Decision, EndWorld, FormWorld, Wait, decide
-from elastic_batch.coordinator.losses import Evict, LoseSight, RegainSight
+from elastic_batch.coordinator.losses import Doubt, Evict, LoseSight, RegainSight
 from elastic_batch.coordinator.state import MembershipConfig, Phase, State, World
 
 MAX_DECISIONS = 200
@@ -32,7 +32,7 @@ class Service:
     reason: str = ""
 
     def settle(self) -> list[Decision]:
-        """Carry decisions out until there is none; returns them."""
+        """Carry decisions out until there is none; returns them, but for doubts, which change nothing by themselves."""
         new: list[Decision] = []
         while True:
             decision = decide(self.now, self.state, self.config)
@@ -40,7 +40,8 @@ class Service:
             if isinstance(decision, Wait):
                 self.reason = decision.reason
                 return new
-            new.append(decision)
+            if not isinstance(decision, Doubt):
+                new.append(decision)
             self.taken.append(decision)
             assert len(new) < MAX_DECISIONS, new[-4:]
             self.carry_out(decision)
@@ -50,6 +51,8 @@ class Service:
         match decision:
             case Evict():
                 events.lost(self.state, self.now, decision.worker, self.config)
+            case Doubt():
+                events.doubted(self.state, decision.worker)
             case LoseSight():
                 events.sight_lost(self.state)
             case RegainSight():

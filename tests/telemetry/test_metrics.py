@@ -97,9 +97,9 @@ def test_checkpoints_have_seconds_bytes_and_an_age_that_grows(registry: Collecto
     assert value(registry, "checkpoint_age_seconds") == 600
     assert value(registry, "checkpoints_total", result="saved") == 0
     metrics.checkpoint_saved(seconds=0.5, num_bytes=20, position=64, created_seconds=990.0)
-    metrics.checkpoint_blocked(0.002)
-    metrics.checkpoint_failed()
-    metrics.checkpoint_superseded()
+    metrics.happened({"kind": "checkpoint blocked", "seconds": 0.002})
+    for result in ("failed", "superseded"):
+        metrics.happened({"kind": "checkpoint", "result": result})
     now = 1010.0
     assert value(registry, "checkpoint_age_seconds") == 20
     assert value(registry, "checkpoint_bytes") == 20
