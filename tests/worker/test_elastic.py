@@ -177,15 +177,21 @@ def test_training_goes_on_while_the_coordinator_is_away(start: Start) -> None:
 def test_a_worker_cut_off_from_the_coordinator_comes_back(start: Start) -> None:
     cluster = start(2)
     slot, generation = _by_rank(cluster)[1], _generation(cluster)
-    cluster.arm(slot, "compute.pass:1=partition,0.1")
-    cluster.wait_until(lambda: len(cluster.happened()) == 1, 20, "it is cut off")
-    cluster.wait_for_update(cluster.last_update() + 15)
-    assert _generation(cluster) == generation, "a connection that was back at once ended the world"
-    cluster.arm(slot, "compute.pass:1=partition,1.5")
+    cluster.arm(slot, "compute.pass:1=partition,0.8")
     # First a world without it, then one with it.
     cluster.wait_until(lambda: _generation(cluster) >= generation + 2, 20, "it is back")
     assert slot in _by_rank(cluster)
-    assert _finish(cluster) <= AT_MOST_ONE
+    # Besides, it witnesses an update that it was at when the others' state came, which has that update.
+    assert _finish(cluster) <= AT_MOST_ONE + 1
+
+
+def test_a_worker_cut_off_for_a_moment_keeps_its_place(start: Start) -> None:
+    cluster = start(2)
+    slot, generation = _by_rank(cluster)[1], _generation(cluster)
+    cluster.arm(slot, "compute.pass:1=partition,0.1")
+    cluster.wait_until(lambda: len(cluster.happened()) == 1, 20, "it is cut off")
+    assert _finish(cluster) == 0
+    assert _generation(cluster) == generation
 
 
 def test_when_all_are_killed_the_next_worker_resumes_the_newest_checkpoint(start: Start) -> None:
