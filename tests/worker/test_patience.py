@@ -18,6 +18,7 @@ from support.impatience import grow_impatient
 COURSE = Course("endless", 0.02, {"num_workers": 0, "checkpoint_every": None})
 SLACK = 3
 """How much longer than promised anything may take: others use this machine too."""
+_CHECKPOINTS = re.compile(r'^elastic_batch_checkpoints_total\{result="saved".*\} (\S+)$', re.MULTILINE)
 _UPDATES = re.compile(r"^elastic_batch_updates_total\{.*\} (\S+)$", re.MULTILINE)
 
 
@@ -50,10 +51,15 @@ def _commits(cluster: Cluster, since: float) -> list[float]:
 
 def _num_updates(cluster: Cluster) -> float:
     """What the coordinator's counter says."""
+    return _count(cluster, _UPDATES)
+
+
+def _count(cluster: Cluster, pattern: re.Pattern[str]) -> float:
+    """What one of the coordinator's metrics says."""
     door = json.loads((cluster.run_dir / "coordinator.json").read_bytes())
     request = urllib.request.Request(f"{door['url']}/metrics", headers={"Authorization": f"Bearer {door['token']}"})
     with urllib.request.urlopen(request, timeout=5) as reply:
-        found = _UPDATES.search(reply.read().decode())
+        found = pattern.search(reply.read().decode())
     assert found is not None
     return float(found[1])
 
@@ -140,3 +146,13 @@ def test_a_worker_without_a_world_does_not_wait_for_a_coordinator_for_ever(tmp_p
         assert _start_impatient(cluster, "alone") not in (0, 75)
         log = (cluster.run_dir / "logs" / "alone.log").read_text()
         assert re.search(r"NoCoordinator: the coordinator has been out of reach \(.*\) for \d s", log)
+
+
+def test_the_coordinator_hears_of_the_lead_workers_checkpoints(tmp_path: Path) -> None:
+    with Cluster(tmp_path / "run", Course("endless", 0.02, {"num_workers": 0, "checkpoint_every": "160sp"})) as cluster:
+        _start_two(cluster)
+        cluster.wait_until(lambda: _count(cluster, _CHECKPOINTS) >= 2, 30, "two checkpoints are counted")
+        time.sleep(2)  # once a second they are written to the journal
+        cluster.kill_coordinator()
+        cluster.start_coordinator()
+        assert _count(cluster, _CHECKPOINTS) >= 2
