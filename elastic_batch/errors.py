@@ -172,6 +172,17 @@ class RunDirectoryUsed(ElasticBatchError):
         )
 
 
+class RunDirectoryBusy(ElasticBatchError):
+    """Another process trains in the run directory, or coordinates those that do."""
+
+    def __init__(self, directory: str, holder: str) -> None:
+        self.directory = directory
+        super().__init__(
+            f"run directory {directory} is in use by {holder or 'another process'}. One process at a time writes "
+            "to it: wait for that one, end it, or name another directory"
+        )
+
+
 class UnsavableState(ElasticBatchError, TypeError):
     """A state holds something that could not be read back without running code.
 

@@ -27,7 +27,7 @@ from elastic_batch.coordinator.service import Service
 from elastic_batch.durable import make_directory
 from elastic_batch.errors import InvalidSetting
 from elastic_batch.protocol import MAX_MESSAGE_BYTES
-from elastic_batch.rundir import open_run_ledger
+from elastic_batch.rundir import Hold, open_run_ledger
 from elastic_batch.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class Coordinator:
 
     Raises:
         InvalidSetting: The port is taken, the token file cannot be used, or the like.
+        RunDirectoryBusy: Another process coordinates or trains in the run directory.
         JournalUnusable: The journal is damaged, newer, or another coordinator's.
         OSError: The run directory cannot be written to.
     """
@@ -56,6 +57,7 @@ class Coordinator:
         last = read_announcement(config.run_dir)
         self._token = choose_token(config.token_file, last)
         with contextlib.ExitStack() as held:
+            held.enter_context(Hold(config.run_dir))
             journal = held.enter_context(contextlib.closing(Journal(config.run_dir / FILE)))
             self._listener = held.enter_context(bind(config, last.port if last is not None else 0))
             self.run = _take_up(config, journal, last)

@@ -11,11 +11,13 @@ from elastic_batch.rundir.directory import (
     read_run_ledger,
     read_summary,
 )
+from elastic_batch.rundir.hold import Hold
 from elastic_batch.rundir.ledger import Commit, Ledger, LedgerReader
 from elastic_batch.rundir.lines import LineWriter
 
 __all__ = [
     "Commit",
+    "Hold",
     "Ledger",
     "LedgerReader",
     "LineWriter",

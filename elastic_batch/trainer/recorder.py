@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import astuple
+from pathlib import Path
 from typing import Any
 
 from elastic_batch.checkpoint import Checkpoint, CheckpointInfo, CheckpointStore, Manifest, check_fingerprint
@@ -16,7 +17,7 @@ from elastic_batch.engines import Engine
 from elastic_batch.errors import RunDirectoryMissing
 from elastic_batch.failpoints import reach
 from elastic_batch.noise import NoiseScaleEstimator
-from elastic_batch.rundir import Commit, read_run_id
+from elastic_batch.rundir import Commit, Hold, read_run_id
 from elastic_batch.schedule import Duration, Schedule, walk
 from elastic_batch.strict_json import to_json
 from elastic_batch.trainer.options import TrainerOptions
@@ -49,6 +50,7 @@ class Recorder:
         self._options = options
         self._schedule = schedule
         self.fingerprint = fingerprint
+        self._hold: Hold | None = None
         self._outlets: Outlets | None = None
         self._saver: Saver | None = None
         self._resumed_from: Manifest | None = None
@@ -104,6 +106,16 @@ class Recorder:
         """Note what others committed without this worker: whoever leads may owe it to the ledger."""
         self._commits.extend(Commit(*commit) for commit in json.loads(commits))
         self._owes = True
+
+    def hold(self) -> None:
+        """Keep other processes out of the run directory, if there is one; elastic worlds have a coordinator for that.
+
+        Raises:
+            RunDirectoryBusy: Another process has it.
+            OSError: It cannot be written to.
+        """
+        if self._hold is None and self._options.run_dir is not None:
+            self._hold = Hold(Path(self._options.run_dir))
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of this job.
@@ -256,7 +268,9 @@ class Recorder:
             self._saver.close()
         if self._outlets is not None:
             self._outlets.close()
-        self._saver = self._outlets = None
+        if self._hold is not None:
+            self._hold.close()
+        self._saver = self._outlets = self._hold = None
 
     def _checkpoint(self, collect: Collect, position: int, num_updates: int) -> None:
         assert self._saver is not None

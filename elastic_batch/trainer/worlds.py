@@ -144,6 +144,8 @@ class Worlds:
 
     def _take_up(self, generation: int) -> None:
         """Load the checkpoint to resume from, or begin."""
+        if not self._membership.is_elastic:
+            self._recorder.hold()
         checkpoint: Checkpoint | None = find_checkpoint(
             os.fspath(self._options.resume), self._recorder.checkpoint_location
         )

@@ -114,6 +114,17 @@ def test_impossible_settings_are_one_message_and_exit_code_2(
     assert not (tmp_path / "run" / FILE).exists()
 
 
+def test_a_run_directory_in_use_is_one_message_and_exit_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("elastic_batch.rundir.hold.PATIENCE_SECONDS", 0.1)
+    with coordinator(tmp_path) as process:
+        assert main(["coordinator", "--run-dir", str(tmp_path)], {}) == 1
+        assert f"is in use by process {process.pid} on" in capsys.readouterr().err
+        assert main(["train", "digits", "--run-dir", str(tmp_path)], {}) == 1
+        assert f"is in use by process {process.pid} on" in capsys.readouterr().err
+
+
 def test_a_damaged_journal_is_one_message_and_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "journal.sqlite").write_bytes(b"no database at all " * 100)
     assert main(["coordinator", "--run-dir", str(tmp_path)], {}) == 1

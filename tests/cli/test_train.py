@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.holders import other_process
 
 from elastic_batch.cli.main import EXIT_RESUMABLE, main
 from elastic_batch.cli.train import _print_end
@@ -105,6 +106,17 @@ def test_a_used_run_directory_is_refused_and_resumed_when_asked(
     assert "already holds a run" in err
     out, _ = train(capsys, *arguments, "--resume", "auto")
     assert "test accuracy" in out
+
+
+def test_a_run_directory_in_which_another_process_trains_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("elastic_batch.rundir.hold.PATIENCE_SECONDS", 0.1)
+    arguments = [*SMALL, "--run-dir", str(tmp_path / "run"), "--resume", "auto"]
+    with other_process(tmp_path / "run") as process:
+        _, err = train(capsys, *arguments, code=1)
+    assert f"is in use by process {process.pid}" in err
+    train(capsys, *arguments)
 
 
 def test_a_finished_run_can_be_prolonged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
