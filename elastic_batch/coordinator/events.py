@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from elastic_batch.coordinator.state import MembershipConfig, Phase, State, Worker, World
 
+_MOST_DOUBLINGS = 4
+"""Of a slot's cool-down."""
+
 
 def hello(state: State, now: float, name: str, slot: str, generation: int = -1, members: tuple[str, ...] = ()) -> bool:
     """A worker connected, perhaps again. What it waits for it has to say again.
@@ -129,8 +132,10 @@ def lost(state: State, now: float, name: str, config: MembershipConfig) -> None:
     recent = [at for at in state.crashes.get(worker.slot, ()) if now - at < config.crash_window]
     state.crashes[worker.slot] = [*recent, now]
     if len(recent) + 1 >= config.crashes:
-        times = state.cool_downs.get(worker.slot, 0)
-        state.cooling[worker.slot] = now + config.cool_down * 2 ** min(times, 4)
+        longest = config.cool_down * 2**_MOST_DOUBLINGS
+        has_recovered = now - state.cooling.get(worker.slot, now) >= longest
+        times = 0 if has_recovered else state.cool_downs.get(worker.slot, 0)
+        state.cooling[worker.slot] = now + config.cool_down * 2 ** min(times, _MOST_DOUBLINGS)
         state.cool_downs[worker.slot] = times + 1
         del state.crashes[worker.slot]
     _note_orphan(state, now)

@@ -36,7 +36,8 @@ class MembershipConfig:
         crashes: So many losses of one slot within `crash_window` cool it down. So many worlds in a row that fail to
             form hold a worker off that never trained.
         crash_window: See `crashes`.
-        cool_down: The first time; each further one is twice as long, up to sixteen times.
+        cool_down: The first time; each further one is twice as long, up to sixteen times. After as long without one it
+            starts over.
     """
 
     min_workers: int = 1
@@ -154,7 +155,7 @@ class State:
         orphaned_at: When the last worker of the last world was lost, which may train on unseen; None: none may.
         crashes: Slot -> times of its losses within the window.
         cooling: Slot -> until when it is held off.
-        cool_downs: Slot -> how often it was held off.
+        cool_downs: Slot -> how often in a row it was held off.
         median_update: Seconds of an update.
     """
 

@@ -482,6 +482,21 @@ def test_a_crash_loop_cools_down_and_comes_back_each_time_later() -> None:
     assert service.after(2) == [AskRegroup("worker x7 joins")]
 
 
+def test_a_slot_that_has_long_been_sound_starts_over_with_its_cool_downs() -> None:
+    def crash_thrice() -> float:
+        for number in range(3):
+            service.join(f"x{number}", slot="x")
+            service.exit(f"x{number}")
+        return service.state.cooling["x"] - service.now
+
+    service = running("a", config=FOUR)
+    assert [crash_thrice(), crash_thrice()] == [30, 60]
+    service.after(60 + 479)
+    assert crash_thrice() == 120
+    service.after(120 + 480)
+    assert crash_thrice() == 30
+
+
 def test_losses_far_apart_do_not_cool_a_slot_down() -> None:
     service = running("a", config=FOUR)
     for name in ("x1", "x2", "x3", "x4"):
