@@ -51,7 +51,7 @@ class Voice(asyncio.Protocol):
             self._to_skip -= len(data)
             return
         if self._to_skip:
-            self._crowd.note(self._kind)
+            self._note()
         self._unread += data[self._to_skip :]
         self._to_skip = 0
         if not self._is_open:
@@ -71,6 +71,11 @@ class Voice(asyncio.Protocol):
         head = struct.pack("!BB", 0x81, 0x80 | size) if size < 126 else struct.pack("!BBH", 0x81, 0xFE, size)
         self.transport.write(head + bytes(4) + text)
 
+    def _note(self) -> None:
+        self._crowd.note(self._kind)
+        if self._kind == "probe":  # a real worker's connections to the one that died have ended too
+            self.say(self._crowd.complaint)
+
     def _read_frames(self) -> None:
         """Note the kind of each message, {"kind":"form",..., when its last byte is here; a long one is not kept."""
         while len(self._unread) >= 2:
@@ -85,7 +90,7 @@ class Voice(asyncio.Protocol):
             self._kind = self._unread[start + 9 : start + 24].partition(b'"')[0].decode()
             missing = start + size - len(self._unread)
             if missing <= 0 and self._unread[0] & 0x0F == 1:
-                self._crowd.note(self._kind)
+                self._note()
             self._to_skip, self._unread = max(0, missing), self._unread[start + size :]
 
 
@@ -106,6 +111,7 @@ class Crowd:
             f"GET {PATH} HTTP/1.1\r\nHost: {where.netloc}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\nAuthorization: Bearer {door.token}\r\n\r\n"
         ).encode()
+        self.complaint = Ready(after=1, broken=True, num_micro_batches=number).model_dump_json().encode()
         self.voices: list[Voice] = []
         self._heard: Counter[str] = Counter()
         self._last: dict[str, float] = {}

@@ -5,15 +5,38 @@ A worker opens a WebSocket, says `Hello` and hears `Welcome` or `Refused`; after
 
 from __future__ import annotations
 
+import json
+import zlib
+from base64 import b64decode, b64encode
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter
 
 VERSION = 1
 """Raised with every change that an older peer would misunderstand; peers of different versions refuse each other."""
 PATH = "/worker"
 """Where the coordinator accepts workers."""
 MAX_MESSAGE_BYTES = 1 << 20
+
+
+_MAX_PACKED_NAMES_BYTES = 16 << 20
+
+
+def _pack(names: tuple[str, ...]) -> str:
+    return b64encode(zlib.compress(json.dumps(names).encode())).decode()
+
+
+def _unpack(said: Any) -> Any:
+    if not isinstance(said, str):
+        return said
+    try:
+        return json.loads(zlib.decompressobj().decompress(b64decode(said), _MAX_PACKED_NAMES_BYTES))
+    except zlib.error as error:
+        raise ValueError(f"the names cannot be unpacked: {error}") from None
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_unpack), PlainSerializer(_pack, when_used="json")]
+"""Workers by rank, compressed on the wire: a world of thousands is told to each of them."""
 
 
 class Message(BaseModel):
@@ -39,7 +62,7 @@ class Hello(Message):
     pid: int
     generation: int = -1
     """The world that it is in; -1: none."""
-    members: tuple[str, ...] = ()
+    members: Names = ()
     """That world's workers, by rank."""
     run_id: str | None = None
     """The run that it belongs to, once it has heard that."""
@@ -147,10 +170,10 @@ class Form(Message):
 
     kind: Literal["form"] = "form"
     generation: int
-    members: tuple[str, ...]
+    members: Names
     """Workers by rank."""
-    addresses: tuple[str, ...]
-    """Where each is reached."""
+    on_one_host: bool
+    """Whether all workers are reached over the loopback interface."""
     seconds: float
     """How long forming may take."""
 
@@ -215,6 +238,11 @@ FromCoordinator = Welcome | Refused | Form | Regroup | Probe | Abort | Leave | S
 
 _FROM_WORKER: TypeAdapter[FromWorker] = TypeAdapter(Annotated[FromWorker, Field(discriminator="kind")])
 _FROM_COORDINATOR: TypeAdapter[FromCoordinator] = TypeAdapter(Annotated[FromCoordinator, Field(discriminator="kind")])
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address in `Hello` is reached on its own host alone."""
+    return address.startswith("127.") or address in ("::1", "localhost")
 
 
 def parse_from_worker(text: str | bytes) -> FromWorker:

@@ -15,7 +15,7 @@ from elastic_batch.coordinator.rescale import Rescale
 from elastic_batch.coordinator.run import COMPLETE, Run
 from elastic_batch.coordinator.state import Phase
 from elastic_batch.failpoints import reach
-from elastic_batch.protocol import Abort, End, Form, Probe, Regroup, Stop
+from elastic_batch.protocol import Abort, End, Form, Probe, Regroup, Stop, is_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -153,9 +153,9 @@ class Decisions:
         run.store.withdraw(f"generation {run.store.generation} is over")
         run.store = Store(generation)
         events.world_announced(state, now, decision.members)
-        addresses = tuple(self._address(name) for name in decision.members)
+        on_one_host = all(is_loopback(self._address(name)) for name in decision.members)
         seconds = run.membership.form
-        form = Form(generation=generation, members=decision.members, addresses=addresses, seconds=seconds)
+        form = Form(generation=generation, members=decision.members, on_one_host=on_one_host, seconds=seconds)
         run.connections.tell(decision.members, form)
         if run.stop_reason is not None:
             run.connections.tell(decision.members, Stop(reason=run.stop_reason))

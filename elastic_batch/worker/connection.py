@@ -71,11 +71,13 @@ class Connection:
 
     Attributes:
         name: This worker's name.
+        address: Where the other workers reach it, as it last told the coordinator.
         condition: For people: how the connection is.
     """
 
     def __init__(self, credentials: Credentials, listener: Listener) -> None:
         self.name = credentials.name
+        self.address = ""
         self.condition = "not connected"
         self._credentials = credentials
         self._listener = listener
@@ -210,13 +212,13 @@ class Connection:
 
     def _hello(self, connection: ClientConnection) -> Hello:
         generation, members = self._listener.world
-        local = connection.local_address[0]
+        self.address = self._credentials.address or connection.local_address[0]
         return Hello(
             package=VERSION,
             worker=self.name,
             slot=self._credentials.slot,
             host=socket.gethostname(),
-            address=self._credentials.address or local,
+            address=self.address,
             pid=os.getpid(),
             generation=generation,
             members=members,

@@ -35,6 +35,7 @@ from elastic_batch.protocol import (
     Stop,
     StoreReply,
     Welcome,
+    is_loopback,
 )
 from elastic_batch.worker.connection import Connection
 from elastic_batch.worker.credentials import Credentials
@@ -261,8 +262,8 @@ class Session:
         self._standing.stage = "form"
         reach("form.start")
         rank = form.members.index(self._connection.name)
-        address = form.addresses[rank]
-        if _is_loopback(address) and not all(_is_loopback(other) for other in form.addresses):
+        address = self._connection.address
+        if is_loopback(address) and not form.on_one_host:
             raise InvalidSetting(
                 "ELASTIC_BATCH_ADDRESS", address, "must not be a loopback address: other workers are on other hosts"
             )
@@ -300,7 +301,3 @@ def join(device: torch.device, environ: Mapping[str, str] = os.environ) -> Sessi
         InvalidSetting: The environment does not say where the coordinator is, or what its token is.
     """
     return Session(Credentials.from_environment(environ), device)
-
-
-def _is_loopback(address: str) -> bool:
-    return address.startswith("127.") or address in ("::1", "localhost")

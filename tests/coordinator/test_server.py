@@ -44,15 +44,21 @@ async def _world(first: FakeWorker, second: FakeWorker) -> Form:
     return form
 
 
-def test_two_workers_form_a_world_and_hear_where_the_others_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("addresses", "on_one_host"),
+    [(("10.0.0.1", "10.0.0.2"), False), (("127.0.0.1", "10.0.0.2"), False), (("127.0.0.1", "::1"), True)],
+)
+def test_two_workers_form_a_world_and_hear_whether_they_share_a_host(
+    tmp_path: Path, addresses: tuple[str, str], on_one_host: bool
+) -> None:
     async def scenario() -> None:
         async with (
             serving(tmp_path, min_workers=2) as coordinator,
-            connected(tmp_path, "a", address="10.0.0.1") as a,
-            connected(tmp_path, "b", address="10.0.0.2") as b,
+            connected(tmp_path, "a", address=addresses[0]) as a,
+            connected(tmp_path, "b", address=addresses[1]) as b,
         ):
             form = await _world(a, b)
-            assert dict(zip(form.members, form.addresses, strict=True)) == {"a": "10.0.0.1", "b": "10.0.0.2"}
+            assert (sorted(form.members), form.on_one_host) == (["a", "b"], on_one_host)
             await a.beat(num_micro_batches=8)
             found = await coordinator.until(lambda status: status["phase"] == "running")
             assert (found["generation"], found["desired_workers"]) == (1, 8)
