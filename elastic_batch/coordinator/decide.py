@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from elastic_batch.coordinator.events import inside, is_inside
-from elastic_batch.coordinator.losses import Evict, Finding, look_around
+from elastic_batch.coordinator.losses import Evict, Finding, look_around, name_some
 from elastic_batch.coordinator.state import MembershipConfig, Phase, State, Worker, WorkerState, World
 
 
@@ -130,7 +130,7 @@ def _gather(now: float, state: State, world: World, config: MembershipConfig) ->
         return _next_world(now, state, config)
     if now - world.since <= config.gather:
         return Wait(f"{len(late)} workers come out of generation {world.generation}")
-    return Evict(late[0], f"worker {late[0]} did not come out of the world within {config.gather:g} s")
+    return Evict(tuple(late), f"{name_some(late)} did not come out of the world within {config.gather:g} s")
 
 
 def _stalled(now: float, state: State, config: MembershipConfig) -> Evict | None:
@@ -145,7 +145,7 @@ def _stalled(now: float, state: State, config: MembershipConfig) -> Evict | None
     for worker in late:
         if now >= worker.busy_until:
             text = f"worker {worker.name} stalled: others wait for its {worker.stage} for {limit:g} s"
-            return Evict(worker.name, text)
+            return Evict((worker.name,), text)
     return None
 
 

@@ -46,7 +46,7 @@ class Decisions:
             case Evict():
                 self._evict(now, decision)
             case Doubt():
-                self._doubt(decision)
+                self._doubt(now, decision)
             case LoseSight():
                 logger.warning("%s: they are waited for", decision.reason)
                 events.sight_lost(self._run.state)
@@ -95,30 +95,29 @@ class Decisions:
             logger.error("%s", error)
 
     def _evict(self, now: float, decision: Evict) -> None:
-        run, state = self._run, self._run.state
+        run, state, world = self._run, self._run.state, self._run.state.world
         logger.warning("%s", decision.reason)
-        worker, was_inside = state.workers[decision.worker], events.is_inside(state, decision.worker)
-        events.lost(state, now, decision.worker, run.membership)
-        if was_inside:
+        inner = [state.workers[name] for name in decision.workers if events.is_inside(state, name)]
+        for worker in inner:
             self.rescale.noticed(worker.heard_at if worker.connected else worker.disconnected_at)
-        if was_inside and not events.inside(state):
+        events.lost(state, now, decision.workers, run.membership)
+        for name in decision.workers:
+            run.connections.cut(name, EVICTED, decision.reason)
+            run.store.forget(name)
+        if inner and not events.inside(state):
             self.rescale.decided(now, "loss")  # nobody is left to be told
-        run.connections.cut(decision.worker, EVICTED, decision.reason)
-        run.store.forget(decision.worker)
         self._note_decision("evict", decision.reason)
-        world = state.world
-        if state.ended == COMPLETE and world is not None and decision.worker == world.members[0]:
+        if state.ended == COMPLETE and world is not None and world.members[0] in decision.workers:
             # The first worker saves the last state: without its word the end of the job may be nowhere on a disk.
             logger.warning("the lead worker was lost before it had saved the end of the job: the rest is done again")
             state.ended = None
 
-    def _doubt(self, decision: Doubt) -> None:
+    def _doubt(self, now: float, decision: Doubt) -> None:
         run, world = self._run, self._run.state.world
         assert world is not None
         logger.info("%s", decision.reason)
-        fellows = [name for name in world.members if name != decision.worker]
-        run.connections.tell(fellows, Probe(generation=world.generation))
-        events.doubted(run.state, decision.worker)
+        run.connections.tell(world.members, Probe(generation=world.generation))
+        events.doubted(run.state, now, decision.workers)
 
     def _end_world(self, now: float, decision: EndWorld) -> None:
         run, world = self._run, self._run.state.world

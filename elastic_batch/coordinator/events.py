@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from elastic_batch.coordinator.state import MembershipConfig, Phase, State, Worker, World
 
 _MOST_DOUBLINGS = 4
@@ -120,25 +122,29 @@ def disconnected(state: State, now: float, name: str) -> None:
 def exited(state: State, now: float, name: str, config: MembershipConfig) -> None:
     """Whoever started the worker saw its process end: it certainly trains no more."""
     if name in state.workers:
-        lost(state, now, name, config)
+        lost(state, now, [name], config)
     if state.world is not None and name in state.world.members:
         state.world.certainly_gone.add(name)
         _note_orphan(state, now)
 
 
-def lost(state: State, now: float, name: str, config: MembershipConfig) -> None:
-    """A worker is given up; a slot that loses too many is held off for a while."""
-    worker = state.workers.pop(name)
-    recent = [at for at in state.crashes.get(worker.slot, ()) if now - at < config.crash_window]
-    state.crashes[worker.slot] = [*recent, now]
+def lost(state: State, now: float, names: Iterable[str], config: MembershipConfig) -> None:
+    """Workers are given up; a slot that loses too many is held off for a while."""
+    for name in names:
+        _note_crash(state, now, state.workers.pop(name).slot, config)
+    _note_orphan(state, now)
+
+
+def _note_crash(state: State, now: float, slot: str, config: MembershipConfig) -> None:
+    recent = [at for at in state.crashes.get(slot, ()) if now - at < config.crash_window]
+    state.crashes[slot] = [*recent, now]
     if len(recent) + 1 >= config.crashes:
         longest = config.cool_down * 2**_MOST_DOUBLINGS
-        has_recovered = now - state.cooling.get(worker.slot, now) >= longest
-        times = 0 if has_recovered else state.cool_downs.get(worker.slot, 0)
-        state.cooling[worker.slot] = now + config.cool_down * 2 ** min(times, _MOST_DOUBLINGS)
-        state.cool_downs[worker.slot] = times + 1
-        del state.crashes[worker.slot]
-    _note_orphan(state, now)
+        has_recovered = now - state.cooling.get(slot, now) >= longest
+        times = 0 if has_recovered else state.cool_downs.get(slot, 0)
+        state.cooling[slot] = now + config.cool_down * 2 ** min(times, _MOST_DOUBLINGS)
+        state.cool_downs[slot] = times + 1
+        del state.crashes[slot]
 
 
 def _note_orphan(state: State, now: float) -> None:
@@ -176,9 +182,12 @@ def world_ended(state: State, now: float) -> None:
     world.phase, world.since = Phase.ENDING, now
 
 
-def doubted(state: State, name: str) -> None:
-    """A worker's fellows were asked whether they miss it too."""
-    state.workers[name].doubted = True
+def doubted(state: State, now: float, names: Iterable[str]) -> None:
+    """The others of a world were asked whether they miss some workers too."""
+    assert state.world is not None
+    state.world.probed_at = now
+    for name in names:
+        state.workers[name].doubted = True
 
 
 def sight_lost(state: State) -> None:

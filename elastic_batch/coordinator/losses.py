@@ -6,17 +6,20 @@ ending it would be the only harm done. So it matters who else noticed, and how m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from elastic_batch.coordinator.events import inside
 from elastic_batch.coordinator.state import MembershipConfig, Phase, State, Worker, World
 
+_MOST_NAMES = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """Give a worker up."""
+    """Give workers up."""
 
-    worker: str
+    workers: tuple[str, ...]
     reason: str
 
 
@@ -36,9 +39,9 @@ class RegainSight:
 
 @dataclass(frozen=True, slots=True)
 class Doubt:
-    """Ask a worker's fellows whether they miss it too."""
+    """Ask the others of a world whether they miss these workers too."""
 
-    worker: str
+    workers: tuple[str, ...]
     reason: str
 
 
@@ -59,19 +62,22 @@ def look_around(now: float, state: State, config: MembershipConfig) -> Finding |
     # Where cables are cut there is nothing but silence, in which workers differ by up to a beat.
     margin = min(config.beat, config.eviction / 3)
     latest, generation = now - config.eviction + margin, state.generation
+    stale: list[str] = []
     missing: dict[str, float] = {}  # worker -> seconds since it went out of sight; less than 0: it soon will have
     for worker in state.workers.values():
         if worker.connected and worker.heard_at > latest and worker.generation == generation:
             continue  # as nearly all of thousands
         if worker.connected and 0 <= worker.generation < generation and not worker.ready:
-            return Evict(worker.name, f"worker {worker.name} is still in generation {worker.generation}")
+            stale.append(worker.name)
         if not worker.connected:
             missing[worker.name] = now - worker.disconnected_at
         elif worker.heard_at <= latest:
             missing[worker.name] = now - worker.heard_at - config.eviction
+    if stale:
+        return Evict(tuple(stale), f"{name_some(stale)} still in an earlier generation than {generation}")
     world = state.world
     if world is None or not (missing or world.out_of_sight):
-        return _lost_outsider(state, missing, config)
+        return _give_up(_lost_outsiders(state, missing), config)
     inner = inside(state)
     trains_on = world.phase is Phase.RUNNING and world.boundary_since is None and not _is_broken(inner)
     unseen = {worker.name: missing[worker.name] for worker in inner if missing.get(worker.name, -1.0) >= 0}
@@ -81,17 +87,25 @@ def look_around(now: float, state: State, config: MembershipConfig) -> Finding |
         return RegainSight("all workers are back")
     if not world.out_of_sight and unseen and num_members > 1 and 2 * num_seen < num_members:
         return LoseSight("most workers went out of sight together")
-    if trains_on and not world.out_of_sight:
-        for worker in inner:
-            if not worker.connected and not worker.doubted:
-                return Doubt(worker.name, f"worker {worker.name} is out of sight: its connection ended")
+    if trains_on and not world.out_of_sight and now - world.probed_at >= config.settle:
+        doubtful = tuple(worker.name for worker in inner if not worker.connected and not worker.doubted)
+        if doubtful:
+            return Doubt(doubtful, f"{name_some(doubtful)} out of sight: the connection ended")
     is_known = _is_broken(inner) and len(unseen) == 1 and len(inner) == num_members
     silent, cut = _graces(world, trains_on=trains_on, is_known=is_known, config=config)
     due = [w for w in inner if w.name in unseen and unseen[w.name] >= (silent if w.connected else cut)]
     if due and trains_on and len(unseen) == len(inner):
         # All go with the first, and the last one first: the world may train on unseen, and is not over.
-        due = [min(inner, key=lambda worker: unseen[worker.name])]
-    return _give_up(due[0], config) if due else _lost_outsider(state, missing, config)
+        due = sorted(inner, key=lambda worker: unseen[worker.name])
+    return _give_up(due + _lost_outsiders(state, missing), config)
+
+
+def name_some(workers: Sequence[str]) -> str:
+    """For people: which workers, of which there may be thousands."""
+    if len(workers) == 1:
+        return f"worker {workers[0]}"
+    rest = f" and {len(workers) - _MOST_NAMES} more" if len(workers) > _MOST_NAMES else ""
+    return f"workers {', '.join(workers[:_MOST_NAMES])}{rest}"
 
 
 def _graces(world: World, *, trains_on: bool, is_known: bool, config: MembershipConfig) -> tuple[float, float]:
@@ -113,22 +127,22 @@ def _graces(world: World, *, trains_on: bool, is_known: bool, config: Membership
     return 0.0, 0.0 if is_known else config.settle
 
 
-def _lost_outsider(state: State, missing: dict[str, float], config: MembershipConfig) -> Evict | None:
-    """Nobody waits for workers outside the world."""
+def _lost_outsiders(state: State, missing: dict[str, float]) -> list[Worker]:
+    """Those outside the world, for whom nobody waits."""
     if not missing:
-        return None
+        return []
     names = {worker.name for worker in inside(state)}
-    for name, seconds in missing.items():
-        if name not in names and seconds >= 0:
-            return _give_up(state.workers[name], config)
-    return None
+    return [state.workers[name] for name, seconds in missing.items() if name not in names and seconds >= 0]
 
 
 def _is_broken(inner: list[Worker]) -> bool:
     return any(worker.ready and worker.broken for worker in inner)
 
 
-def _give_up(worker: Worker, config: MembershipConfig) -> Evict:
-    if worker.connected:
-        return Evict(worker.name, f"worker {worker.name} was silent for {config.eviction:g} s")
-    return Evict(worker.name, f"worker {worker.name} was lost: its connection ended")
+def _give_up(lost: list[Worker], config: MembershipConfig) -> Evict | None:
+    if not lost:
+        return None
+    silent = sum(worker.connected for worker in lost)
+    causes = [f"silent for {config.eviction:g} s"] * bool(silent) + ["the connection ended"] * (silent < len(lost))
+    names = tuple(worker.name for worker in lost)
+    return Evict(names, f"{name_some(names)} given up: {', or '.join(causes)}")

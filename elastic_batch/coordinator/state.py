@@ -124,6 +124,7 @@ class World:
         boundary_since: When the first of them did.
         left: Workers that left it in good order.
         certainly_gone: Workers whose processes were seen to end.
+        probed_at: When its workers were last asked whether they miss others.
         out_of_sight: Whether most of its workers went out of sight together, perhaps since a coordinator before this
             one: those that are missing may still come back.
         update: The newest update that one of its workers reported.
@@ -138,6 +139,7 @@ class World:
     boundary_since: float | None = None
     left: set[str] = field(default_factory=set)
     certainly_gone: set[str] = field(default_factory=set)
+    probed_at: float = -math.inf
     out_of_sight: bool = False
     update: int = 0
 

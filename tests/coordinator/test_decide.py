@@ -102,7 +102,7 @@ def test_a_lost_worker_ends_the_world_and_the_survivors_form_the_next_in_rank_or
     service.join("d")
     assert service.disconnect("b") == []
     assert service.after(0.6) == [
-        Evict("b", "worker b was lost: its connection ended"),
+        Evict(("b",), "worker b given up: the connection ended"),
         EndWorld("worker b was lost"),
     ]
     assert service.reason == "2 workers come out of generation 1"
@@ -136,16 +136,43 @@ def test_the_fellows_of_one_whose_connection_ended_are_asked_once_each_time() ->
         service.after(0.3)
         back(service, "b")
         service.settle()
-    assert service.taken[before:] == 2 * [Doubt("b", "worker b is out of sight: its connection ended")]
+    assert service.taken[before:] == 2 * [Doubt(("b",), "worker b out of sight: the connection ended")]
     service.disconnect("a", "b")
     assert service.taken[before + 2 :] == [AWAY]
+
+
+def test_the_fellows_are_not_asked_again_within_the_settling_time() -> None:
+    service = running(*"abcde")
+    service.disconnect("a")
+    service.after(0.01)
+    service.disconnect("b")
+    assert service.taken[-1] == Doubt(("a",), "worker a out of sight: the connection ended")
+    service.after(0.011)
+    assert service.taken[-1] == Doubt(("b",), "worker b out of sight: the connection ended")
+
+
+def test_many_that_are_lost_together_are_given_up_in_one_decision() -> None:
+    names = [f"w{number:02d}" for number in range(30)]
+    service = running(*names, micro_batches=30, config=MembershipConfig(min_workers=1, max_workers=30))
+    service.join("outside", micro_batches=30)
+    service.disconnect(*names[:10], "outside")
+    named = ", ".join(names[:8])
+    assert service.taken[-2:] == [
+        Doubt(tuple(names[:10]), f"workers {named} and 2 more out of sight: the connection ended"),
+        Evict(("outside",), "worker outside given up: the connection ended"),
+    ]
+    silent = service.state.workers["w10"]
+    silent.heard_at = service.now - 2.9
+    assert service.after(0.51, beats=False)[0] == Evict(
+        (*names[:11],), f"workers {named} and 3 more given up: silent for 3 s, or the connection ended"
+    )
 
 
 def test_a_broken_connection_is_a_loss_at_once_where_a_fellow_found_the_world_broken() -> None:
     service = running("a", "b", "c")
     service.ready("a", broken=True)
     assert service.settle() == [EndWorld("worker a found the world broken")]
-    assert service.disconnect("b") == [Evict("b", "worker b was lost: its connection ended")]
+    assert service.disconnect("b") == [Evict(("b",), "worker b given up: the connection ended")]
 
 
 def test_when_most_connections_break_one_after_the_other_they_are_waited_for_too() -> None:
@@ -153,7 +180,7 @@ def test_when_most_connections_break_one_after_the_other_they_are_waited_for_too
     service.ready("a", broken=True)
     service.settle()
     lost = [service.disconnect(name) for name in ("b", "c", "d", "e")]
-    assert lost == [[Evict("b", "worker b was lost: its connection ended")], [], [AWAY], []]
+    assert lost == [[Evict(("b",), "worker b given up: the connection ended")], [], [AWAY], []]
     assert service.after(1) == []
 
 
@@ -164,7 +191,7 @@ def test_a_silent_worker_is_evicted_after_the_bound() -> None:
         service.beat("a")
         assert service.settle() == []
     service.now += 0.1
-    assert service.settle()[0] == Evict("b", "worker b was silent for 3 s")
+    assert service.settle()[0] == Evict(("b",), "worker b given up: silent for 3 s")
 
 
 def test_when_most_connections_break_within_the_time_of_doubt_they_are_waited_for() -> None:
@@ -173,7 +200,7 @@ def test_when_most_connections_break_within_the_time_of_doubt_they_are_waited_fo
         assert service.disconnect(name) == expected
         assert service.after(0.4) == []
     assert service.after(3.7) == []
-    lost = [Evict(name, f"worker {name} was lost: its connection ended") for name in "cba"]
+    lost = [Evict(("c", "b", "a"), "workers c, b, a given up: the connection ended")]
     assert service.after(0.2) == lost  # together, so that the world goes on if they are back
     assert back(service, "a", "b", "c")
     assert service.settle() == [BACK]
@@ -206,9 +233,8 @@ def test_only_who_is_lost_is_given_up_where_others_of_a_majority_are_back() -> N
     service.after(2)
     back(service, "b")
     assert service.after(2.9) == []
-    assert service.after(0.2)[:3] == [
-        Evict("a", "worker a was lost: its connection ended"),
-        Evict("c", "worker c was lost: its connection ended"),
+    assert service.after(0.2)[:2] == [
+        Evict(("a", "c"), "workers a, c given up: the connection ended"),
         EndWorld("worker a was lost"),
     ]
 
@@ -220,7 +246,7 @@ def test_when_most_workers_fall_silent_together_they_are_waited_for() -> None:
         service.now += 0.3
     assert service.after(2.2, beats=False) == [AWAY]  # the first has been silent for more than 3 s by now
     assert service.after(4.8, beats=False) == []
-    assert service.after(0.2, beats=False) == [Evict(name, f"worker {name} was silent for 3 s") for name in "cba"]
+    assert service.after(0.2, beats=False) == [Evict(("c", "b", "a"), "workers c, b, a given up: silent for 3 s")]
     assert back(service, "a", "b", "c")
     assert service.runs == ("a", "b", "c")
 
@@ -230,7 +256,7 @@ def test_a_silent_worker_is_not_waited_for_where_a_fellow_found_the_world_broken
     service.now += 2.9
     service.ready("a", broken=True)
     service.settle()
-    lost = [Evict(name, f"worker {name} was silent for 3 s") for name in "bc"]
+    lost = [Evict(("b", "c"), "workers b, c given up: silent for 3 s")]
     assert service.after(0.2, beats=False) == [AWAY, *lost]
 
 
@@ -242,7 +268,7 @@ def test_silence_while_the_coordinator_itself_was_held_up_evicts_nobody() -> Non
     assert service.settle() == []
     assert service.after(2.9, beats=False) == []
     service.beat("a")
-    assert service.after(0.2, beats=False)[0] == Evict("b", "worker b was silent for 3 s")
+    assert service.after(0.2, beats=False)[0] == Evict(("b",), "worker b given up: silent for 3 s")
 
 
 def test_when_most_connections_break_at_once_they_are_waited_for() -> None:
@@ -252,7 +278,7 @@ def test_when_most_connections_break_at_once_they_are_waited_for() -> None:
     assert back(service, "a", "b")
     assert service.after(1) == [BACK]
     assert service.disconnect("a", "b") == [AWAY]
-    assert [type(decision) for decision in service.after(5)] == [Evict, Evict, EndWorld]
+    assert [type(decision) for decision in service.after(5)] == [Evict, EndWorld]
 
 
 def test_a_restarted_coordinator_adopts_the_world_that_reconnects() -> None:
@@ -270,7 +296,7 @@ def test_members_that_do_not_come_back_after_a_restart_are_given_up() -> None:
     service = recovered("a", "b")
     assert back(service, "a")
     assert service.after(5) == [
-        Evict("b", "worker b was lost: its connection ended"),
+        Evict(("b",), "worker b given up: the connection ended"),
         EndWorld("worker b was lost"),
     ]
     assert isinstance(service.all_ready(broken=True)[0], FormWorld)
@@ -284,7 +310,7 @@ def test_members_are_waited_for_less_long_where_others_already_wait_for_the_next
     assert service.settle() == [EndWorld("worker a found the world broken")]
     assert service.after(1.4) == []
     evict, form = service.after(0.2)
-    assert evict == Evict("b", "worker b was lost: its connection ended")
+    assert evict == Evict(("b",), "worker b given up: the connection ended")
     assert isinstance(form, FormWorld)
 
 
@@ -301,7 +327,7 @@ def test_a_worker_that_is_still_in_an_older_world_when_a_newer_one_shows_up_is_s
     service = Service(FOUR)
     assert events.hello(service.state, service.now, "a", "a", 5, ("a", "c"))
     assert events.hello(service.state, service.now, "b", "b", 6, ("b",))
-    assert Evict("a", "worker a is still in generation 5") in service.after(0.1)
+    assert Evict(("a",), "worker a still in an earlier generation than 6") in service.after(0.1)
     assert not events.hello(service.state, service.now, "a", "a", 5, ("a", "c"))
     assert service.runs == ("b",)
 
@@ -403,7 +429,7 @@ def test_one_that_leaves_but_never_says_goodbye_is_given_up() -> None:
     events.leaving(service.state, "b")
     service.all_ready()
     assert service.after(10.1) == [EndWorld("a worker did not come to the boundary that the others left at")]
-    assert service.after(10.1)[0] == Evict("b", "worker b did not come out of the world within 10 s")
+    assert service.after(10.1)[0] == Evict(("b",), "worker b did not come out of the world within 10 s")
     assert service.world.members == ("a",)
 
 
@@ -423,7 +449,7 @@ def test_a_worker_that_does_not_come_out_of_a_world_is_evicted() -> None:
     service.ready("a", broken=True)
     service.settle()
     assert service.after(10) == []
-    assert service.after(0.1)[0] == Evict("b", "worker b did not come out of the world within 10 s")
+    assert service.after(0.1)[0] == Evict(("b",), "worker b did not come out of the world within 10 s")
 
 
 def test_a_world_that_does_not_form_is_over_and_only_those_that_hang_are_evicted() -> None:
@@ -432,7 +458,7 @@ def test_a_world_that_does_not_form_is_over_and_only_those_that_hang_are_evicted
     assert service.after(30) == []
     assert service.after(0.1) == [EndWorld("worker a did not enter generation 1 within 30 s")]
     service.ready("a", broken=True)
-    assert service.after(10.1)[0] == Evict("b", "worker b did not come out of the world within 10 s")
+    assert service.after(10.1)[0] == Evict(("b",), "worker b did not come out of the world within 10 s")
 
 
 def test_a_worker_that_reconnects_while_its_world_forms_stays_in_it() -> None:
@@ -527,15 +553,15 @@ def test_a_worker_that_all_others_wait_for_is_stalled() -> None:
     for name, stage in (("a", "reduce"), ("b", "compute"), ("c", "reduce")):
         service.beat(name, stage)
     assert service.after(30) == []
-    assert service.after(0.1)[0] == Evict("b", "worker b stalled: others wait for its compute for 30 s")
+    assert service.after(0.1)[0] == Evict(("b",), "worker b stalled: others wait for its compute for 30 s")
 
 
 def test_two_that_stall_together_are_evicted_too() -> None:
     service = running("a", "b", "c", config=FOUR)
     service.beat("a", "reduce")
-    assert [d.worker for d in service.after(30.1) if isinstance(d, Evict)] == ["b"]
+    assert [d.workers for d in service.after(30.1) if isinstance(d, Evict)] == [("b",)]
     service.ready("a", broken=True)
-    assert [d.worker for d in service.after(10.1) if isinstance(d, Evict)] == ["c"]
+    assert [d.workers for d in service.after(10.1) if isinstance(d, Evict)] == [("c",)]
     assert service.world.members == ("a",)
 
 

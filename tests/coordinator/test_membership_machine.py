@@ -176,7 +176,8 @@ class Membership(RuleBasedStateMachine):
         state, world = self.service.state, self.service.state.world
         match decision:
             case Evict():
-                self.hang_up(decision.worker)
+                for name in decision.workers:
+                    self.hang_up(name)
             case EndWorld():
                 assert world is not None
                 self.send(world.members, Abort(generation=world.generation, reason=decision.reason))

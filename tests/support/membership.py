@@ -50,9 +50,9 @@ class Service:
         """Enter a decision into the state."""
         match decision:
             case Evict():
-                events.lost(self.state, self.now, decision.worker, self.config)
+                events.lost(self.state, self.now, decision.workers, self.config)
             case Doubt():
-                events.doubted(self.state, decision.worker)
+                events.doubted(self.state, self.now, decision.workers)
             case LoseSight():
                 events.sight_lost(self.state)
             case RegainSight():
