@@ -70,7 +70,7 @@ def settle_width(
     def run_pass(width: int) -> None:
         machinery.source.start(iter([PassRequest(position, width)]))
         batch = machinery.source.next()
-        machinery.gradients.begin(alone=machinery.engine.size == 1)
+        gradients = machinery.gradients.begin(alone=machinery.engine.size == 1)
         machinery.statistics.begin()
         machinery.statistics.samples_per_pass = width * options.micro_batch_size
         with machinery.randomness.over(list(range(width)), machinery.device) as draws:
@@ -78,7 +78,7 @@ def settle_width(
                 loss = loss_fn(model, batch)
             if reason := draws.stray():
                 raise CannotFuse(position, [], reason)
-            with machinery.gradients.accepting():
+            with gradients.accepting():
                 (loss[0] if isinstance(loss, tuple) else loss).backward()
 
     with preserved(machinery.device):

@@ -89,7 +89,7 @@ class Update:
         self._mean_check: MeanCheck | None = None
         self._draws: PassDraws | None = None
         self._marks = [time.monotonic()]
-        machinery.gradients.begin(alone=machinery.engine.size == 1)
+        self._gradients = machinery.gradients.begin(alone=machinery.engine.size == 1)
         machinery.tally.begin()
         machinery.statistics.begin()
 
@@ -151,6 +151,7 @@ class Update:
                 with self._draws_of(request), autocast(machinery.precision, machinery.device):
                     yield batch
                 if self._awaits_backward and not self.is_settled:
+                    self._gradients.check()
                     self.fail(MisusedTrainer("a batch got no update.backward(loss); call it once for each batch"))
                 if self.is_settled:
                     return
@@ -291,10 +292,10 @@ class Update:
         if count != self._divisor:
             loss = loss * (count / self._divisor)
         engine, norms = (machinery.engine, self._norms_on_launch()) if is_last else (None, None)
-        with machinery.gradients.accepting(engine, norms), no_autocast(machinery.device):
+        with self._gradients.accepting(engine, norms), no_autocast(machinery.device):
             loss.backward()
         if is_first and not is_last and machinery.estimator:
-            machinery.tally.first_pass_norms = machinery.gradients.norms()
+            machinery.tally.first_pass_norms = self._gradients.norms()
         self._num_done += 1
 
     def _norms_on_launch(self) -> list[Tensor] | None:
@@ -308,7 +309,7 @@ class Update:
 
     def _reduce(self) -> tuple[Header, Tensor]:
         machinery = self._machinery
-        gradients, engine = machinery.gradients, machinery.engine
+        gradients, engine = self._gradients, machinery.engine
         machinery.standing.stage = "reduce"
         reach("reduce.start")
         try:
@@ -328,7 +329,7 @@ class Update:
             raise
         gradients.wait()
         handle.wait()
-        return unpack(packed, gradients.norms(), gradients.num_parameters, divisor=self._divisor)
+        return unpack(packed, gradients.norms(), machinery.gradients.num_parameters, divisor=self._divisor)
 
     def _commit(self, header: Header, statistics: Tensor) -> None:
         machinery = self._machinery
@@ -357,7 +358,7 @@ class Update:
         if machinery.max_grad_norm is not None:
             # As torch.nn.utils.clip_grad_norm_ does, its guard against a norm of 0 included.
             factor *= min(1.0, machinery.max_grad_norm / (header.gradient_norm / header.weight + 1e-6))
-        machinery.gradients.finish(factor, header.seen)
+        self._gradients.finish(factor, header.seen)
         machinery.optimizer.step(self.plan.values)
         machinery.statistics.commit(statistics)
         if machinery.estimator is not None:

@@ -1,9 +1,8 @@
-"""Sums of gradients over an update: in flat buckets that are reduced while the last backward still runs, or, where one
-worker is alone, as autograd hands them over."""
+"""The gradients of a worker that has others: in flat buckets, which are reduced while the last backward still runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,22 +16,18 @@ from elastic_batch.errors import MisusedTrainer, WorldBroken
 DEFAULT_BUCKET_BYTES = 25 * 2**20
 
 
-class GradientSums:
-    """The sums of one worker's gradients.
+class BucketSums:
+    """Sums that are slices of flat buckets, which are reduced in the order of their index.
 
-    Several workers reduce them: they are then slices of flat buckets, which are reduced in the order of their index.
     Buckets follow the parameters from the last to the first, which is about the order in which backward finishes them.
-    A parameter's `.grad` is a view of its bucket, into which autograd adds. A worker alone keeps the tensors that the
-    first backward hands over: nothing is zeroed, added or copied for it.
-
-    Parameters narrower than float32 are accumulated in float32 and get a gradient of their own type at the end.
+    A parameter's `.grad` is a view of its bucket, into which autograd adds.
 
     Args:
         parameters: What the optimizer trains, in its order.
         bucket_bytes: Size at which a bucket is full.
     """
 
-    def __init__(self, parameters: Iterable[Parameter], bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> None:
+    def __init__(self, parameters: Sequence[Parameter], bucket_bytes: int) -> None:
         self._slots = [_Slot(parameter) for parameter in parameters]
         self._buckets = _fill_buckets(list(reversed(self._slots)), bucket_bytes)
         self._flats: list[Tensor] = []
@@ -40,49 +35,36 @@ class GradientSums:
         self._engine: Engine | None = None
         self._next_launch = 0
         self._handles: list[Handle] = []
-        self._memories: set[int] = set()
         self._norms: list[Tensor] | None = None
-        self._hooks = [_hook(slot.parameter, self._make_hook(slot)) for slot in self._slots]
-
-    @property
-    def num_parameters(self) -> int:
-        return len(self._slots)
+        self._hooks: list[RemovableHandle] = []
 
     @property
     def seen(self) -> tuple[bool, ...]:
-        """For each parameter, whether any backward of this update reached it on this worker."""
         return tuple(slot.seen for slot in self._slots)
 
-    def begin(self, *, alone: bool) -> None:
-        """Forget every gradient; the next update will be reduced with others', or is this worker's `alone`."""
+    def begin(self) -> None:
+        """Forget every gradient."""
         self._handles = []
-        self._memories.clear()
         self._next_launch = 0
         self._engine = None
-        if alone:
-            self._flats = []
-        elif self._flats:
+        if self._flats:
             torch._foreach_zero_(self._flats)
         else:
             self._flats = [bucket.allocate() for bucket in self._buckets]
+            self._hooks = [_hook(slot.parameter, self._make_hook(slot)) for slot in self._slots]
         for slot in self._slots:
             slot.seen = False
-            if alone:
-                slot.sum = None
             grad = slot.sum if slot.is_own_type else None
             if slot.parameter.grad is not grad:
                 slot.parameter.grad = grad
         for bucket in self._buckets:
             bucket.missing = len(bucket.slots)
 
+    def check(self) -> None:
+        """A hook notices at once."""
+
     @contextmanager
     def accepting(self, reduce_with: Engine | None = None, norms: list[Tensor] | None = None) -> Iterator[None]:
-        """Let a backward add to the buckets.
-
-        Args:
-            reduce_with: In the last backward of the update: the engine on which full buckets are reduced at once.
-            norms: Receives each bucket's norm before its reduction (0-dim tensors).
-        """
         self._accepting, self._engine, self._norms = True, reduce_with, norms
         try:
             yield
@@ -90,18 +72,11 @@ class GradientSums:
             self._accepting = False
 
     def flush(self, engine: Engine, norms: list[Tensor] | None = None) -> None:
-        """Launch the reductions that are still to come, in order: unused parameters', or all of them on a spare
-        worker."""
         self._engine, self._norms = engine, norms
         while self._next_launch < len(self._flats):
             self._launch_next(engine)
 
     def wait(self) -> None:
-        """Wait for every reduction of this update.
-
-        Raises:
-            WorldBroken: One of them failed. All were waited for, so that none still writes into a bucket.
-        """
         failure: Exception | None = None
         for handle in self._handles:
             try:
@@ -116,36 +91,24 @@ class GradientSums:
                 failure = None  # or this frame and the error hold each other, and the update's batches with them
 
     def norms(self) -> list[Tensor]:
-        """The Euclidean norms of all buckets or, for a worker alone, of all gradients: 0-dim tensors."""
-        tensors = self._tensors()
-        return list(torch._foreach_norm(tensors)) if tensors else []
+        return list(torch._foreach_norm(self._flats)) if self._flats else []
 
     def finish(self, factor: float, seen_by_any: Sequence[bool]) -> None:
-        """Scale the sums by `factor` and give each parameter its gradient.
-
-        Args:
-            factor: What the division by the update's weight still asks for, times a clipping factor; often 1.
-            seen_by_any: For each parameter, whether any worker has a gradient for it; the others keep `None`.
-        """
-        if factor != 1 and (tensors := self._tensors()):
-            torch._foreach_mul_(tensors, factor)
+        if factor != 1 and self._flats:
+            torch._foreach_mul_(self._flats, factor)
         for slot, seen in zip(self._slots, seen_by_any, strict=True):
             if not seen:
                 slot.parameter.grad = None
             elif not slot.is_own_type and slot.sum is not None:
                 slot.parameter.grad = slot.sum.to(slot.parameter.dtype)
 
-    def close(self) -> None:
+    def release(self) -> None:
         """Take the hooks off the parameters and let go of their gradients."""
         for hook in self._hooks:
             hook.remove()
-        self._flats = []
+        self._hooks, self._flats = [], []
         for slot in self._slots:
             slot.parameter.grad = slot.sum = None
-
-    def _tensors(self) -> list[Tensor]:
-        """What holds the sums."""
-        return self._flats or [slot.sum for slot in self._slots if slot.sum is not None]
 
     def _make_hook(self, slot: _Slot) -> Callable[[Tensor], None]:
         bucket = slot.bucket
@@ -170,30 +133,15 @@ class GradientSums:
                 "loss.backward() was called directly; call update.backward(loss), which weighs the micro-batch and "
                 "reduces over the workers"
             )
-        gradient = parameter.grad
-        assert gradient is not None
-        if not slot.is_own_type:
-            slot.sum = gradient.to_dense().to(slot.dtype) if slot.sum is None else slot.sum.add_(gradient)
-            parameter.grad = None
-        elif slot.sum is None:
-            slot.sum = own = self._own(gradient)
-            if own is not gradient:
-                parameter.grad = own
-        else:
+        if slot.is_own_type:
             raise MisusedTrainer(
                 "a parameter's .grad was replaced during an update; remove model.zero_grad() and other code that sets "
                 "gradients: the trainer clears them"
             )
-
-    def _own(self, gradient: Tensor) -> Tensor:
-        """A handed-over gradient as one that can be changed in place: dense, in memory that no other one has."""
-        if gradient.is_sparse:
-            return gradient.to_dense()
-        memory = gradient.untyped_storage().data_ptr()
-        if memory in self._memories:  # such as two views that were added
-            return gradient.clone()
-        self._memories.add(memory)
-        return gradient
+        assert parameter.grad is not None
+        assert slot.sum is not None
+        slot.sum.add_(parameter.grad)
+        parameter.grad = None
 
     def _launch_full(self, bucket: _Bucket, engine: Engine) -> None:
         """Launch what can be, now that a bucket is full."""
