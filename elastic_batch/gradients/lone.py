@@ -33,6 +33,7 @@ class LoneSums:
         self._sums: list[Tensor | None] = []
         self._versions: list[int | None] = []
         self._memories: set[int] = set()
+        self._is_torn = False  # a backward failed half-way: what it left is nobody's doing
 
     def begin(self) -> None:
         """Forget every gradient."""
@@ -41,6 +42,7 @@ class LoneSums:
         self._sums = [None] * len(self._parameters)
         self._versions = [None] * len(self._parameters)
         self._memories.clear()
+        self._is_torn = False
 
     def release(self) -> None:
         """Let go of the parameters and their gradients."""
@@ -51,6 +53,8 @@ class LoneSums:
         return tuple(total is not None for total in self._sums)
 
     def check(self) -> None:
+        if self._is_torn:
+            return
         for parameter, total, version in zip(self._parameters, self._sums, self._versions, strict=True):
             gradient = parameter.grad
             now = None if gradient is None else gradient._version
@@ -60,7 +64,9 @@ class LoneSums:
     @contextmanager
     def accepting(self, reduce_with: Engine | None = None, norms: list[Tensor] | None = None) -> Iterator[None]:
         self.check()
+        self._is_torn = True
         yield
+        self._is_torn = False
         for index, parameter in enumerate(self._parameters):
             gradient = parameter.grad
             if gradient is None:

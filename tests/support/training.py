@@ -137,9 +137,18 @@ class TroubledDataset(Dataset[Any]):
 
 
 def troubled(job: SmallJob, trouble: ScriptedTrouble, where: str) -> SmallJob:
-    """The job, with trouble in its loss function or in its data."""
+    """The job, with trouble in its data, its loss function, or near the end of its backward."""
     if where == "data":
         return replace(job, dataset=lambda dtype: TroubledDataset(job.dataset(dtype), trouble))
+    if where == "backward":
+
+        def model(dtype: torch.dtype) -> torch.nn.Module:
+            made = job.model(dtype)
+            first_layer = next(parameter for parameter in made.parameters() if parameter.dim() > 1)
+            first_layer.register_hook(lambda gradient: trouble.maybe())
+            return made
+
+        return replace(job, model=model)
 
     def loss_fn(model: torch.nn.Module, batch: Any) -> Any:
         trouble.maybe()

@@ -53,7 +53,7 @@ def test_a_failure_of_any_collective_leaves_no_trace_on_two_workers() -> None:
             _assert_equal(state, expected)
 
 
-@pytest.mark.parametrize("where", ["data", "loss"])
+@pytest.mark.parametrize("where", ["data", "loss", "backward"])
 def test_a_passing_error_at_any_micro_batch_leaves_no_trace(where: str) -> None:
     expected = train(SoloEngine(), _SHORT)
     calls_each = 4 if where == "data" else 1
@@ -108,7 +108,7 @@ def _copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
-@pytest.mark.parametrize("where", ["data", "loss"])
+@pytest.mark.parametrize("where", ["data", "loss", "backward"])
 def test_an_error_that_recurs_stops_every_worker_with_that_worker_s_error(where: str) -> None:
     at = frozenset(range(20, 10_000))
     results = run_world(3, train_with_trouble, Plan(TOKENS, 40), where, ValueError("no such sample"), at, 1)
