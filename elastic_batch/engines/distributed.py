@@ -182,14 +182,11 @@ class DistributedEngine:
         if self._backend != "gloo":
             work.wait()
             return
-        while True:
-            try:
+        while not work.is_completed():
+            with suppress(RuntimeError):  # its time is up, or it failed, which the wait below tells
                 work.wait(_LOOK_AROUND)
-                return
-            except RuntimeError:
-                if work.is_completed():
-                    raise
             self.check()
+        work.wait()
 
     def _still_pending(self) -> list[dist.Work]:
         deadline = time.monotonic() + _ENDING_SECONDS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -30,7 +31,7 @@ class LostWork:
 
 class GroupThatLosesWork:
     def __init__(self) -> None:
-        self.work = LostWork()
+        self.work: LostWork = LostWork()
 
     def rank(self) -> int:
         return 0
@@ -53,3 +54,27 @@ def test_abort_ends_the_wait_for_a_lost_collective() -> None:
     engine.close()
     assert time.monotonic() - since < 1.5
     group.work.over.set()
+
+
+class LateWork(LostWork):
+    """A collective that ends, well or badly, just after a wait for it has given up."""
+
+    def __init__(self, error: str | None) -> None:
+        super().__init__()
+        self.error = error
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        if not self.over.is_set():
+            self.over.set()
+            raise RuntimeError("Operation timed out!")
+        if self.error is not None:
+            raise RuntimeError(self.error)
+
+
+@pytest.mark.parametrize("error", [None, "Connection closed by peer"])
+def test_a_collective_that_ends_just_when_a_wait_gives_up_ends_as_it_did(error: str | None) -> None:
+    group = GroupThatLosesWork()
+    group.work = LateWork(error)
+    handle = DistributedEngine(group, "gloo", generation=3).all_reduce(torch.zeros(1))
+    with nullcontext() if error is None else pytest.raises(WorldBroken, match=error):
+        handle.wait()
