@@ -31,7 +31,7 @@ def _unpack(said: Any) -> Any:
         return said
     try:
         return json.loads(zlib.decompressobj().decompress(b64decode(said), _MAX_PACKED_NAMES_BYTES))
-    except zlib.error as error:
+    except (zlib.error, RecursionError) as error:
         raise ValueError(f"the names cannot be unpacked: {error}") from None
 
 
@@ -172,7 +172,7 @@ class Form(Message):
     generation: int
     members: Names
     """Workers by rank."""
-    on_one_host: bool
+    all_on_loopback: bool
     """Whether all workers are reached over the loopback interface."""
     seconds: float
     """How long forming may take."""

@@ -13,7 +13,7 @@ from elastic_batch.protocol import MAX_MESSAGE_BYTES, Form, Hello, parse_from_co
 
 def test_a_world_of_thousands_is_told_in_few_bytes() -> None:
     names = tuple(f"node-{number // 8:04d}-{number % 8}" for number in range(5_000))
-    form = Form(generation=3, members=names, on_one_host=False, seconds=30)
+    form = Form(generation=3, members=names, all_on_loopback=False, seconds=30)
     text = form.model_dump_json()
     assert parse_from_coordinator(text) == form
     assert len(text) < 20_000
@@ -35,7 +35,7 @@ def test_names_survive_the_wire(members: tuple[str, ...]) -> None:
     ],
 )
 def test_names_that_cannot_be_unpacked_are_an_error(packed: str) -> None:
-    said = {"kind": "form", "generation": 1, "members": packed, "on_one_host": True, "seconds": 1}
+    said = {"kind": "form", "generation": 1, "members": packed, "all_on_loopback": True, "seconds": 1}
     with pytest.raises(ValueError, match="members"):
         parse_from_coordinator(json.dumps(said))
 
@@ -43,6 +43,6 @@ def test_names_that_cannot_be_unpacked_are_an_error(packed: str) -> None:
 def test_names_cannot_fill_the_memory() -> None:
     bomb = b64encode(zlib.compress(b'["' + b"a" * (64 << 20) + b'"]')).decode()
     assert len(bomb) < MAX_MESSAGE_BYTES
-    said = {"kind": "form", "generation": 1, "members": bomb, "on_one_host": True, "seconds": 1}
+    said = {"kind": "form", "generation": 1, "members": bomb, "all_on_loopback": True, "seconds": 1}
     with pytest.raises(ValueError, match="members"):
         parse_from_coordinator(json.dumps(said))

@@ -12,6 +12,8 @@ from typing import Any
 import click
 
 from elastic_batch.cli.main import EXIT_RESUMABLE
+from elastic_batch.protocol import is_loopback
+from elastic_batch.rundir import Hold
 from elastic_batch.scaling.link import CoordinatorLink
 from elastic_batch.scaling.machine import (
     WorkerRange,
@@ -28,7 +30,6 @@ from elastic_batch.scaling.supervisor import SupervisorSettings, supervise
 RUN_DIR, TOKEN_FILE, URL = "ELASTIC_BATCH_RUN_DIR", "ELASTIC_BATCH_TOKEN_FILE", "ELASTIC_BATCH_COORDINATOR"
 _SLOT, _NAME = "ELASTIC_BATCH_SLOT", "ELASTIC_BATCH_WORKER_NAME"
 LOGS = "logs"
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,16 +106,17 @@ def run_job(
 
     Raises:
         InvalidSetting: The range is none, or asks for more than this machine has.
+        RunDirectoryBusy: Another process trains there, or coordinates those that do.
     """
     wanted = WorkerRange.parse(workers)
     gpus = [] if on_cpu else visible_gpus(environ)
     here = wanted.maximum
-    if listening.host in _LOOPBACK:
+    if is_loopback(listening.host):
         require_gpu_each(wanted.maximum, gpus, "--workers")
     elif gpus:
         here = min(here, len(gpus))
     directory = run_dir.absolute()
-    directory.mkdir(parents=True, exist_ok=True)
+    Hold(directory).close()  # its coordinator will have it; nothing is started where another one does
     settings = SupervisorSettings(
         pool=_pool(program, [f"local-{index}" for index in range(here)], gpus, environ, directory),
         num_workers=wanted.minimum,

@@ -11,7 +11,7 @@ from importlib import import_module
 import click
 
 from elastic_batch.cli.invocation import Invocation
-from elastic_batch.errors import ElasticBatchError, InvalidSetting
+from elastic_batch.errors import ElasticBatchError, InvalidSetting, RunDirectoryBusy
 from elastic_batch.version import VERSION
 
 EXIT_FAILED = 1
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
         # Under a launcher every worker has a message of its own; most are the same, but one host may lack the data.
         worker = f"worker {invocation.rank}: " if invocation.rank else ""
         click.echo(f"{worker}Error: {error}", err=True)
-        return EXIT_USAGE if isinstance(error, InvalidSetting) else EXIT_FAILED
+        return EXIT_USAGE if isinstance(error, InvalidSetting | RunDirectoryBusy) else EXIT_FAILED
     else:
         return result if isinstance(result, int) else 0
     return 0

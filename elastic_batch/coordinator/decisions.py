@@ -97,12 +97,15 @@ class Decisions:
     def _evict(self, now: float, decision: Evict) -> None:
         run, state, world = self._run, self._run.state, self._run.state.world
         logger.warning("%s", decision.reason)
+        if len(decision.workers) > 1:
+            logger.info("given up together: %s", ", ".join(decision.workers))
         inner = [state.workers[name] for name in decision.workers if events.is_inside(state, name)]
         for worker in inner:
             self.rescale.noticed(worker.heard_at if worker.connected else worker.disconnected_at)
         events.lost(state, now, decision.workers, run.membership)
+        reason = decision.reason if len(decision.workers) == 1 else "given up together with others"
         for name in decision.workers:
-            run.connections.cut(name, EVICTED, decision.reason)
+            run.connections.cut(name, EVICTED, reason)
             run.store.forget(name)
         if inner and not events.inside(state):
             self.rescale.decided(now, "loss")  # nobody is left to be told
@@ -152,9 +155,9 @@ class Decisions:
         run.store.withdraw(f"generation {run.store.generation} is over")
         run.store = Store(generation)
         events.world_announced(state, now, decision.members)
-        on_one_host = all(is_loopback(self._address(name)) for name in decision.members)
+        all_on_loopback = all(is_loopback(self._address(name)) for name in decision.members)
         seconds = run.membership.form
-        form = Form(generation=generation, members=decision.members, on_one_host=on_one_host, seconds=seconds)
+        form = Form(generation=generation, members=decision.members, all_on_loopback=all_on_loopback, seconds=seconds)
         run.connections.tell(decision.members, form)
         if run.stop_reason is not None:
             run.connections.tell(decision.members, Stop(reason=run.stop_reason))

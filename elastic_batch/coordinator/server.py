@@ -26,9 +26,8 @@ from elastic_batch.coordinator.listening import allow_many_connections, bind, pu
 from elastic_batch.coordinator.metrics import WorldMetrics
 from elastic_batch.coordinator.run import COMPLETE, Run
 from elastic_batch.coordinator.service import Service
-from elastic_batch.durable import make_directory
 from elastic_batch.errors import InvalidSetting
-from elastic_batch.protocol import MAX_MESSAGE_BYTES
+from elastic_batch.protocol import MAX_MESSAGE_BYTES, is_loopback
 from elastic_batch.rundir import Hold, open_run_ledger
 from elastic_batch.version import VERSION
 
@@ -55,11 +54,10 @@ class Coordinator:
 
     def __init__(self, config: CoordinatorConfig) -> None:
         self._config = config
-        make_directory(config.run_dir)
-        last = read_announcement(config.run_dir)
-        self._token = choose_token(config.token_file, last)
         with contextlib.ExitStack() as held:
             held.enter_context(Hold(config.run_dir))
+            last = read_announcement(config.run_dir)
+            self._token = choose_token(config.token_file, last)
             journal = held.enter_context(contextlib.closing(Journal(config.run_dir / FILE)))
             self._listener = held.enter_context(bind(config, last.port if last is not None else 0))
             self.run = _take_up(config, journal, last)
@@ -103,7 +101,7 @@ class Coordinator:
     def _announce(self) -> None:
         said = self._write_announcement()
         logger.info("run %s is served at %s", said.run_id, said.url)
-        if not said.tls_cert and self._config.host not in ("127.0.0.1", "localhost", "::1"):
+        if not said.tls_cert and not is_loopback(self._config.host):
             logger.warning("without TLS the token crosses the network in the clear; give --tls-cert and --tls-key")
 
     def _announce_completion(self) -> None:
@@ -130,25 +128,29 @@ class Coordinator:
 def serve(config: CoordinatorConfig) -> Outcome:
     """Serve a run in this process until it is over, or until SIGTERM or SIGINT; raises what `Coordinator` does."""
     allow_many_connections()
-    _collect_garbage_seldom()
 
     async def serve_until_signal(coordinator: Coordinator) -> Outcome:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, coordinator.stop)
         return await coordinator.serve()
 
-    with Coordinator(config) as coordinator:
+    with Coordinator(config) as coordinator, _collecting_garbage_seldom():
         return uvloop.run(serve_until_signal(coordinator))
 
 
-def _collect_garbage_seldom() -> None:
-    """Look through old objects a hundred times less often.
+@contextlib.contextmanager
+def _collecting_garbage_seldom() -> Generator[None, None, None]:
+    """Look through old objects hundreds of times less often.
 
     Those of thousands of connections take half a second to look through, in which no worker hears of a decision; and
     hardly anything here is garbage that reference counts do not find.
     """
-    gc.freeze()
+    before = gc.get_threshold()
     gc.set_threshold(10_000, 20, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 class _Server(uvicorn.Server):

@@ -12,8 +12,15 @@ from torch.utils.hooks import RemovableHandle
 
 from elastic_batch.engines import Engine, Handle
 from elastic_batch.errors import MisusedTrainer, WorldBroken
+from elastic_batch.gradients.hooks import hook
 
 DEFAULT_BUCKET_BYTES = 25 * 2**20
+
+
+_REPLACED = (
+    "a parameter's .grad was replaced during an update; remove model.zero_grad() and other code that sets gradients: "
+    "the trainer clears them"
+)
 
 
 class BucketSums:
@@ -51,7 +58,7 @@ class BucketSums:
             torch._foreach_zero_(self._flats)
         else:
             self._flats = [bucket.allocate() for bucket in self._buckets]
-            self._hooks = [_hook(slot.parameter, self._make_hook(slot)) for slot in self._slots]
+            self._hooks = [hook(slot.parameter, self._make_hook(slot)) for slot in self._slots]
         for slot in self._slots:
             slot.seen = False
             grad = slot.sum if slot.is_own_type else None
@@ -61,7 +68,9 @@ class BucketSums:
             bucket.missing = len(bucket.slots)
 
     def check(self) -> None:
-        """A hook notices at once."""
+        for slot in self._slots:
+            if slot.parameter.grad is not (slot.sum if slot.is_own_type else None):
+                raise MisusedTrainer(_REPLACED)
 
     @contextmanager
     def accepting(self, reduce_with: Engine | None = None, norms: list[Tensor] | None = None) -> Iterator[None]:
@@ -104,8 +113,8 @@ class BucketSums:
 
     def release(self) -> None:
         """Take the hooks off the parameters and let go of their gradients."""
-        for hook in self._hooks:
-            hook.remove()
+        for each in self._hooks:
+            each.remove()
         self._hooks, self._flats = [], []
         for slot in self._slots:
             slot.parameter.grad = slot.sum = None
@@ -134,10 +143,7 @@ class BucketSums:
                 "reduces over the workers"
             )
         if slot.is_own_type:
-            raise MisusedTrainer(
-                "a parameter's .grad was replaced during an update; remove model.zero_grad() and other code that sets "
-                "gradients: the trainer clears them"
-            )
+            raise MisusedTrainer(_REPLACED)
         assert parameter.grad is not None
         assert slot.sum is not None
         slot.sum.add_(parameter.grad)
@@ -173,11 +179,6 @@ class _NeverLaunched:
 
     def wait(self) -> None:
         raise self._error
-
-
-def _hook(parameter: Parameter, call: Callable[[Tensor], None]) -> RemovableHandle:
-    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(call)
-    return handle
 
 
 class _Slot:

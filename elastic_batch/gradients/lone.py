@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
 
 from elastic_batch.engines import Engine
 from elastic_batch.errors import MisusedTrainer
+from elastic_batch.gradients.hooks import hook
 
 _CHANGED = (
     "a parameter's .grad was changed during an update; call update.backward(loss), not loss.backward(), and remove "
@@ -19,7 +22,7 @@ _CHANGED = (
 
 
 class LoneSums:
-    """Sums that nobody adds to: nothing is zeroed, added or copied for them, and no hook runs in a backward.
+    """Sums that nobody adds to: nothing is zeroed, added or copied for them, and hooks run for narrow parameters only.
 
     Who else changes a gradient is noticed at the next backward, or at the end, by the tensors and their versions.
 
@@ -33,28 +36,37 @@ class LoneSums:
         self._sums: list[Tensor | None] = []
         self._versions: list[int | None] = []
         self._memories: set[int] = set()
-        self._is_torn = False  # a backward failed half-way: what it left is nobody's doing
+        self._hooks: list[RemovableHandle] = []
+        self._accepting = False
 
     def begin(self) -> None:
         """Forget every gradient."""
+        if not self._hooks:
+            self._hooks = [
+                hook(parameter, partial(self._add_narrow, index))
+                for index, parameter in enumerate(self._parameters)
+                if not self._is_wide[index]
+            ]
         for parameter in self._parameters:
             parameter.grad = None
         self._sums = [None] * len(self._parameters)
         self._versions = [None] * len(self._parameters)
         self._memories.clear()
-        self._is_torn = False
 
     def release(self) -> None:
         """Let go of the parameters and their gradients."""
-        self.begin()
+        for each in self._hooks:
+            each.remove()
+        self._hooks = []
+        self._sums, self._versions = [], []
+        for parameter in self._parameters:
+            parameter.grad = None
 
     @property
     def seen(self) -> tuple[bool, ...]:
         return tuple(total is not None for total in self._sums)
 
     def check(self) -> None:
-        if self._is_torn:
-            return
         for parameter, total, version in zip(self._parameters, self._sums, self._versions, strict=True):
             gradient = parameter.grad
             now = None if gradient is None else gradient._version
@@ -64,20 +76,21 @@ class LoneSums:
     @contextmanager
     def accepting(self, reduce_with: Engine | None = None, norms: list[Tensor] | None = None) -> Iterator[None]:
         self.check()
-        self._is_torn = True
-        yield
-        self._is_torn = False
+        self._accepting = True
+        try:
+            yield
+        finally:
+            self._accepting = False
         for index, parameter in enumerate(self._parameters):
             gradient = parameter.grad
             if gradient is None:
                 continue
             if gradient is not self._sums[index]:
-                self._take(index, gradient)
-            if parameter.grad is not None:
-                self._versions[index] = parameter.grad._version
+                gradient = self._take(index, gradient)
+            self._versions[index] = gradient._version
 
     def flush(self, engine: Engine, norms: list[Tensor] | None = None) -> None:
-        self.check()
+        """Nothing is to be reduced."""
 
     def wait(self) -> None:
         """Nothing was launched."""
@@ -96,18 +109,23 @@ class LoneSums:
     def _tensors(self) -> list[Tensor]:
         return [total for total in self._sums if total is not None]
 
-    def _take(self, index: int, gradient: Tensor) -> None:
-        """Make what a backward left the sum, or add it."""
-        total, parameter = self._sums[index], self._parameters[index]
-        if not self._is_wide[index]:
-            self._sums[index] = gradient.to_dense().to(torch.float32) if total is None else total.add_(gradient)
-            parameter.grad = None
-            return
-        if total is not None:
+    def _take(self, index: int, gradient: Tensor) -> Tensor:
+        """Make what the first backward left the sum."""
+        if self._sums[index] is not None:
             raise MisusedTrainer(_CHANGED)
         self._sums[index] = own = self._own(gradient)
         if own is not gradient:
-            parameter.grad = own
+            self._parameters[index].grad = own
+        return own
+
+    def _add_narrow(self, index: int, parameter: Tensor) -> None:
+        """Add a gradient as soon as it is there, so that not all of them are at once."""
+        total, gradient = self._sums[index], parameter.grad
+        assert gradient is not None
+        if not self._accepting:
+            raise MisusedTrainer(_CHANGED)
+        self._sums[index] = gradient.to_dense().to(torch.float32) if total is None else total.add_(gradient)
+        parameter.grad = None
 
     def _own(self, gradient: Tensor) -> Tensor:
         """A handed-over gradient as one that can be changed in place: dense, in memory that no other one has."""

@@ -46,11 +46,7 @@ class Sums(Protocol):
 
     def flush(self, engine: Engine, norms: list[Tensor] | None = None) -> None:
         """Launch the reductions that are still to come, in order: unused parameters', or all of them on a spare
-        worker.
-
-        Raises:
-            MisusedTrainer: Somebody else changed a gradient.
-        """
+        worker."""
 
     def wait(self) -> None:
         """Wait for every reduction of this update.

@@ -171,6 +171,8 @@ class UpdateLoop:
     def _settle(self, update: Update) -> None:
         """After the user's turn: act on how the update ended."""
         if update.outcome in (Outcome.OPEN, Outcome.BROKEN):
+            if isinstance(update.error, MisusedTrainer):
+                raise update.error
             raise MisusedTrainer("update.step() was not called; call it once at the end of each update")
         try:
             if update.outcome is Outcome.VOID:

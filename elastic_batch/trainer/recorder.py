@@ -8,6 +8,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -263,14 +264,15 @@ class Recorder:
 
     def close(self) -> None:
         """Write what waits and close everything."""
-        if self._saver is not None:
-            self._known_checkpoint = self.last_checkpoint
-            self._saver.close()
-        if self._outlets is not None:
-            self._outlets.close()
-        if self._hold is not None:
-            self._hold.close()
-        self._saver = self._outlets = self._hold = None
+        with ExitStack() as ending:
+            if self._hold is not None:
+                ending.callback(self._hold.close)
+            if self._outlets is not None:
+                ending.callback(self._outlets.close)
+            if self._saver is not None:
+                self._known_checkpoint = self.last_checkpoint
+                ending.callback(self._saver.close)
+            self._saver = self._outlets = self._hold = None
 
     def _checkpoint(self, collect: Collect, position: int, num_updates: int) -> None:
         assert self._saver is not None

@@ -151,7 +151,8 @@ class Update:
                 with self._draws_of(request), autocast(machinery.precision, machinery.device):
                     yield batch
                 if self._awaits_backward and not self.is_settled:
-                    self._gradients.check()
+                    self._check_gradients()  # it may have been loss.backward()
+                if self._awaits_backward and not self.is_settled:
                     self.fail(MisusedTrainer("a batch got no update.backward(loss); call it once for each batch"))
                 if self.is_settled:
                     return
@@ -219,6 +220,8 @@ class Update:
             return self._after_break()
         if not self.is_settled and self._num_done < len(self._requests):
             self.fail(MisusedTrainer("update.step() was called before every batch of the update was run"))
+        if not self.is_settled:
+            self._check_gradients()
         self._marks.append(time.monotonic())
         try:
             header, statistics = self._reduce()
@@ -242,6 +245,12 @@ class Update:
         started, computed, reduced = self._marks
         now = time.monotonic()
         return {"compute": computed - started, "reduce": reduced - computed, "commit": now - reduced}
+
+    def _check_gradients(self) -> None:
+        try:
+            self._gradients.check()
+        except MisusedTrainer as error:
+            self.fail(error)
 
     def _num_samples(self, request: PassRequest) -> int:
         return request.num_micro_batches * self.plan.micro_batch_size

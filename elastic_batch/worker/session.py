@@ -263,7 +263,7 @@ class Session:
         reach("form.start")
         rank = form.members.index(self._connection.name)
         address = self._connection.address
-        if is_loopback(address) and not form.on_one_host:
+        if is_loopback(address) and not form.all_on_loopback:
             raise InvalidSetting(
                 "ELASTIC_BATCH_ADDRESS", address, "must not be a loopback address: other workers are on other hosts"
             )

@@ -114,15 +114,22 @@ def test_impossible_settings_are_one_message_and_exit_code_2(
     assert not (tmp_path / "run" / FILE).exists()
 
 
-def test_a_run_directory_in_use_is_one_message_and_exit_code_1(
+def test_a_run_directory_in_use_is_one_message_and_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("elastic_batch.rundir.hold.PATIENCE_SECONDS", 0.1)
-    with coordinator(tmp_path) as process:
-        assert main(["coordinator", "--run-dir", str(tmp_path)], {}) == 1
-        assert f"is in use by process {process.pid} on" in capsys.readouterr().err
-        assert main(["train", "digits", "--run-dir", str(tmp_path)], {}) == 1
-        assert f"is in use by process {process.pid} on" in capsys.readouterr().err
+    (tmp_path / "script.py").write_text("")
+    run_dir = ["--run-dir", str(tmp_path / "run")]
+    with coordinator(tmp_path / "run") as process:
+        for command in (
+            ["coordinator", *run_dir],
+            ["train", "digits", *run_dir],
+            ["train", "digits", *run_dir, "--workers", "1", "--resume", "auto"],
+            ["run", *run_dir, "--workers", "1", str(tmp_path / "script.py")],
+        ):
+            assert main(command, {}) == 2
+            assert f"is in use by process {process.pid} on" in capsys.readouterr().err
+        assert not (tmp_path / "run" / "logs").exists(), "no worker was started for the other run"
 
 
 def test_a_damaged_journal_is_one_message_and_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

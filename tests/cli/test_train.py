@@ -114,7 +114,7 @@ def test_a_run_directory_in_which_another_process_trains_is_refused(
     monkeypatch.setattr("elastic_batch.rundir.hold.PATIENCE_SECONDS", 0.1)
     arguments = [*SMALL, "--run-dir", str(tmp_path / "run"), "--resume", "auto"]
     with other_process(tmp_path / "run") as process:
-        _, err = train(capsys, *arguments, code=1)
+        _, err = train(capsys, *arguments, code=2)
     assert f"is in use by process {process.pid}" in err
     train(capsys, *arguments)
 

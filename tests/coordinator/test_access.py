@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from support.coordinators import serving
 from support.fake_worker import connected
 from websockets.asyncio.client import connect
@@ -48,7 +49,7 @@ def test_no_route_opens_without_the_token(tmp_path: Path, header: str | None, wo
             assert (await coordinator.http.get("/healthz")).text == "ok\n"
             assert not coordinator.task.done()
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_a_page_of_another_site_is_refused_even_with_the_token(
             answers = [await coordinator.http.get(path, headers=headers) for path in ("/status", "/healthz")]
             assert [answer.status_code for answer in answers] == [code, code]
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_the_websocket_is_refused_before_it_opens(
             assert caught.value.response.status_code == code
             assert words in bytes(caught.value.response.body or b"").decode()
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_the_announcement_can_be_read_by_its_owner_only(tmp_path: Path) -> None:
@@ -102,7 +103,7 @@ def test_the_announcement_can_be_read_by_its_owner_only(tmp_path: Path) -> None:
             assert stat.S_IMODE((tmp_path / FILE).stat().st_mode) == 0o600
             return coordinator.announcement
 
-    said = asyncio.run(scenario())
+    said = uvloop.run(scenario())
     assert said.url.startswith("http://127.0.0.1:")
     assert len(said.token) >= 32
 
@@ -115,7 +116,7 @@ def test_the_token_never_stands_in_a_log(tmp_path: Path, caplog: pytest.LogCaptu
             await coordinator.http.get("/status")
             return coordinator.announcement.token
 
-    assert asyncio.run(scenario()) not in caplog.text
+    assert uvloop.run(scenario()) not in caplog.text
 
 
 def test_a_token_file_wins_over_the_last_token(tmp_path: Path) -> None:
@@ -172,7 +173,7 @@ def test_with_a_certificate_everything_is_encrypted(tmp_path: Path) -> None:
             found = await asyncio.to_thread(_status, tmp_path)
             assert found["generation"] == 1
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_a_certificate_that_is_none_is_one_clear_error(tmp_path: Path) -> None:
@@ -184,7 +185,7 @@ def test_a_certificate_that_is_none_is_one_clear_error(tmp_path: Path) -> None:
             pass
 
     with pytest.raises(InvalidSetting, match="must be a PEM certificate"):
-        asyncio.run(scenario())
+        uvloop.run(scenario())
 
 
 def _status(run_dir: Path) -> dict[str, Any]:

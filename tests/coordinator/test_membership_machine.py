@@ -191,7 +191,7 @@ class Membership(RuleBasedStateMachine):
                 self.worlds[world.generation] = world.members
                 self.journal = world.generation, world.members
                 self.seen_at[world.generation] = self.service.now
-                form = Form(generation=world.generation, members=world.members, on_one_host=True, seconds=8)
+                form = Form(generation=world.generation, members=world.members, all_on_loopback=True, seconds=8)
                 self.send(world.members, form)
 
     def send(self, names: tuple[str, ...], message: FromCoordinator) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from support.coordinators import PATIENCE_SECONDS, Serving, serving
 from support.fake_worker import FakeWorker, connected, greeted
 from websockets.exceptions import ConnectionClosed
@@ -45,11 +46,11 @@ async def _world(first: FakeWorker, second: FakeWorker) -> Form:
 
 
 @pytest.mark.parametrize(
-    ("addresses", "on_one_host"),
+    ("addresses", "all_on_loopback"),
     [(("10.0.0.1", "10.0.0.2"), False), (("127.0.0.1", "10.0.0.2"), False), (("127.0.0.1", "::1"), True)],
 )
 def test_two_workers_form_a_world_and_hear_whether_they_share_a_host(
-    tmp_path: Path, addresses: tuple[str, str], on_one_host: bool
+    tmp_path: Path, addresses: tuple[str, str], all_on_loopback: bool
 ) -> None:
     async def scenario() -> None:
         async with (
@@ -58,13 +59,13 @@ def test_two_workers_form_a_world_and_hear_whether_they_share_a_host(
             connected(tmp_path, "b", address=addresses[1]) as b,
         ):
             form = await _world(a, b)
-            assert (sorted(form.members), form.on_one_host) == (["a", "b"], on_one_host)
+            assert (sorted(form.members), form.all_on_loopback) == (["a", "b"], all_on_loopback)
             await a.beat(num_micro_batches=8)
             found = await coordinator.until(lambda status: status["phase"] == "running")
             assert (found["generation"], found["desired_workers"]) == (1, 8)
             assert [worker["state"] for worker in found["workers"]] == ["active", "active"]
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_the_others_hear_at_once_that_a_worker_died_and_go_on_without_it(tmp_path: Path) -> None:
@@ -86,7 +87,7 @@ def test_the_others_hear_at_once_that_a_worker_died_and_go_on_without_it(tmp_pat
             assert 'elastic_batch_rescales_total{cause="loss"' in metrics
             assert f'elastic_batch_rescale_seconds_count{{run="{tmp_path.name}",step="agree"}}' in metrics
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_a_silent_worker_is_evicted_and_may_come_back_as_a_new_one(tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_a_silent_worker_is_evicted_and_may_come_back_as_a_new_one(tmp_path: Pat
             await worker.beat()
             await asyncio.sleep(0.1)
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_a_drained_worker_leaves_and_the_rest_goes_on(tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ def test_a_drained_worker_leaves_and_the_rest_goes_on(tmp_path: Path) -> None:
             await asyncio.gather(a.ready(form.generation), b.bye("left"))
             assert (await a.hear(Form)).members == ("a",)
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_a_drained_worker_that_was_out_of_sight_hears_of_it_when_it_is_back(tmp_path: Path) -> None:
@@ -139,7 +140,7 @@ def test_a_drained_worker_that_was_out_of_sight_hears_of_it_when_it_is_back(tmp_
             async with connected(tmp_path, "a", generation=form.generation, members=form.members) as back:
                 await back.hear(Leave)
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_nobody_waits_for_a_worker_that_said_that_it_failed(tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_nobody_waits_for_a_worker_that_said_that_it_failed(tmp_path: Path) -> N
                 await b.ready()
                 assert (await b.hear(Form)).members == ("b",)
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_draining_an_unknown_worker_names_the_nearest(tmp_path: Path) -> None:
@@ -164,7 +165,7 @@ def test_draining_an_unknown_worker_names_the_nearest(tmp_path: Path) -> None:
                 "there is no worker 'lokal-1'. Did you mean 'local-1'?",
             )
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_an_exit_that_was_seen_ends_the_world_at_once(tmp_path: Path) -> None:
@@ -179,7 +180,7 @@ def test_an_exit_that_was_seen_ends_the_world_at_once(tmp_path: Path) -> None:
             await a.hear(Abort)
             assert (await coordinator.http.post("/workers/b/exited")).json() == {"known": False}
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_a_restarted_coordinator_adopts_the_world_and_its_counters(tmp_path: Path) -> None:
@@ -206,7 +207,7 @@ def test_a_restarted_coordinator_adopts_the_world_and_its_counters(tmp_path: Pat
                 assert (await second.status())["phase"] == "running"
                 assert not [m for m in (*a.unheard, *b.unheard) if isinstance(m, Abort | Regroup | Form)]
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_a_worker_that_died_while_the_coordinator_was_away_is_missed_after_the_grace(tmp_path: Path) -> None:
@@ -222,7 +223,7 @@ def test_a_worker_that_died_while_the_coordinator_was_away_is_missed_after_the_g
             again = await a.hear(Form)
             assert (again.generation, again.members) == (form.generation + 1, ("a",))
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_a_lost_journal_is_made_anew_from_what_the_workers_report(tmp_path: Path) -> None:
@@ -248,7 +249,7 @@ def test_a_lost_journal_is_made_anew_from_what_the_workers_report(tmp_path: Path
             )
             assert second.coordinator.run.journal.last_world()[0] == form.generation
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_with_everything_lost_the_run_takes_its_name_from_a_worker(tmp_path: Path) -> None:
@@ -259,7 +260,7 @@ def test_with_everything_lost_the_run_takes_its_name_from_a_worker(tmp_path: Pat
             async with greeted(tmp_path, "b", run_id="another") as b:
                 assert "belongs to run another" in (await b.hear(Refused)).reason
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_a_stale_worker_is_told_to_leave_its_world(tmp_path: Path) -> None:
@@ -270,7 +271,7 @@ def test_a_stale_worker_is_told_to_leave_its_world(tmp_path: Path) -> None:
             async with connected(tmp_path, "old", generation=0, members=("old", "older")) as old:
                 assert (await old.hear(Abort)).generation == 0
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 @pytest.mark.parametrize(
@@ -287,7 +288,7 @@ def test_another_version_is_refused_with_both_versions(tmp_path: Path, fields: d
             assert words in reason
             assert "Install the same version" in reason
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_a_newer_version_that_says_unknown_things_is_told_so(tmp_path: Path) -> None:
@@ -297,7 +298,7 @@ def test_a_newer_version_that_says_unknown_things_is_told_so(tmp_path: Path) -> 
             with pytest.raises(ConnectionClosed, match="not understood"):
                 await a.socket.recv()
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_another_job_is_refused_with_every_difference(tmp_path: Path) -> None:
@@ -312,7 +313,7 @@ def test_another_job_is_refused_with_every_difference(tmp_path: Path) -> None:
                 assert "schedule.factor: 2 there, 5 now" in reason
                 assert "end: 10 there, 20 now" in reason
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_a_job_may_be_trained_further_when_nobody_trains(tmp_path: Path) -> None:
@@ -326,7 +327,7 @@ def test_a_job_may_be_trained_further_when_nobody_trains(tmp_path: Path) -> None
             await a.ready(job={"seed": 1, "end": 20})
             assert (await a.hear(Form)).generation == 2
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_the_job_is_complete_when_the_lead_says_so_and_outsiders_end(tmp_path: Path) -> None:
@@ -347,7 +348,7 @@ def test_the_job_is_complete_when_the_lead_says_so_and_outsiders_end(tmp_path: P
                 assert (await outsider.hear(End)).reason == "the job is complete"
             assert await coordinator.outcome() == "complete"
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_the_job_is_not_complete_if_the_lead_dies_while_it_saves_the_end(tmp_path: Path) -> None:
@@ -367,7 +368,7 @@ def test_the_job_is_not_complete_if_the_lead_dies_while_it_saves_the_end(tmp_pat
                 await newcomer.ready()
                 assert (await newcomer.hear(Form)).generation == form.generation + 1
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_a_stop_reaches_the_world_and_ends_the_run_resumably(tmp_path: Path) -> None:
@@ -386,7 +387,7 @@ def test_a_stop_reaches_the_world_and_ends_the_run_resumably(tmp_path: Path) -> 
             await again.ready()
             assert (await again.hear(Form)).members == ("c",)
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_a_stop_does_not_wait_for_ever_for_workers_out_of_sight(tmp_path: Path) -> None:
@@ -398,7 +399,7 @@ def test_a_stop_does_not_wait_for_ever_for_workers_out_of_sight(tmp_path: Path) 
                 await coordinator.http.post("/stop", json={"reason": "enough"})
             assert await coordinator.outcome() == "stopped"
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_a_stop_without_workers_ends_the_run(tmp_path: Path) -> None:
@@ -407,7 +408,7 @@ def test_a_stop_without_workers_ends_the_run(tmp_path: Path) -> None:
             await coordinator.http.post("/stop", content=b"")
             assert await coordinator.outcome() == "stopped"
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_a_withdrawn_generation_fails_every_wait_in_its_store_at_once(tmp_path: Path) -> None:
@@ -421,7 +422,7 @@ def test_a_withdrawn_generation_fails_every_wait_in_its_store_at_once(tmp_path: 
             reply = await a.hear(StoreReply)
             assert f"generation {form.generation} is over" in (reply.error or "")
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_a_second_connection_of_a_worker_replaces_the_first(tmp_path: Path) -> None:
@@ -435,7 +436,7 @@ def test_a_second_connection_of_a_worker_replaces_the_first(tmp_path: Path) -> N
                 await asyncio.sleep(0.1)
                 assert (await coordinator.status())["phase"] == "running"
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_a_message_that_is_too_long_ends_the_connection(tmp_path: Path) -> None:
@@ -446,7 +447,7 @@ def test_a_message_that_is_too_long_ends_the_connection(tmp_path: Path) -> None:
                 await a.socket.recv()
             await coordinator.until(lambda status: not status["workers"])
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_a_full_disk_lets_no_world_form_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,7 +469,7 @@ def test_a_full_disk_lets_no_world_form_and_says_so(tmp_path: Path, monkeypatch:
         async with serving(tmp_path) as coordinator:
             await scenario(coordinator)
 
-    asyncio.run(main())
+    uvloop.run(main())
 
 
 def test_a_second_coordinator_of_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -480,7 +481,7 @@ def test_a_second_coordinator_of_a_run_is_refused(tmp_path: Path, monkeypatch: p
                 async with serving(tmp_path):
                     pass
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_a_port_that_is_taken_is_one_clear_error(tmp_path: Path) -> None:
@@ -491,7 +492,7 @@ def test_a_port_that_is_taken_is_one_clear_error(tmp_path: Path) -> None:
                 async with serving(tmp_path, settings={"port": port}):
                     pass
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def test_the_welcome_names_the_run_and_the_beat(tmp_path: Path) -> None:
@@ -500,4 +501,4 @@ def test_the_welcome_names_the_run_and_the_beat(tmp_path: Path) -> None:
             welcome = await a.hear(Welcome)
             assert welcome == Welcome(run_id=coordinator.announcement.run_id, beat_seconds=0.25, generation=0)
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())

@@ -9,7 +9,6 @@ import torch
 from support.branching import Branching, inputs
 from torch import Tensor, nn
 
-from elastic_batch.engines import SoloEngine
 from elastic_batch.errors import MisusedTrainer
 from elastic_batch.gradients import GradientSums
 
@@ -61,10 +60,10 @@ def test_gradients_that_others_changed_between_two_passes_are_refused(change: Ca
         model(inputs(0), 0, 1).backward()
     change(model)
     with pytest.raises(MisusedTrainer, match="grad was changed during an update"):
-        sums.flush(SoloEngine())
+        sums.check()
     with pytest.raises(MisusedTrainer, match="grad was changed during an update"), sums.accepting():
         pass
-    gradients.begin(alone=True).flush(SoloEngine())
+    gradients.begin(alone=True).check()
 
 
 def test_a_direct_backward_before_the_first_pass_is_refused() -> None:
@@ -89,7 +88,7 @@ def test_users_hooks_may_change_gradients_during_the_backward() -> None:
     for seed in range(2):
         with sums.accepting():
             model(inputs(seed), 0).backward()
-    sums.flush(SoloEngine())
+    sums.check()
     assert weight.grad is not None
     torch.testing.assert_close(weight.grad, 2 * plain + 2, rtol=1e-13, atol=0)
 
@@ -104,3 +103,22 @@ def test_no_hook_stays_on_the_parameters_of_a_worker_that_is_alone_again() -> No
     gradients.close()
     assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_direct_backward_of_narrow_parameters_is_refused() -> None:
+    model = Branching().to(torch.bfloat16)
+    GradientSums(model.parameters()).begin(alone=True)
+    with pytest.raises(MisusedTrainer, match=r"not loss.backward\(\)"):
+        model(inputs(0).to(torch.bfloat16), 0).backward()
+
+
+def test_narrow_gradients_do_not_all_live_until_the_end_of_a_backward() -> None:
+    model = Branching().to(torch.bfloat16)
+    sums = GradientSums(model.parameters()).begin(alone=True)
+    last_layer = model.get_parameter("layers.2.weight")
+    left: list[Tensor | None] = []
+    model.get_parameter("layers.0.weight").register_hook(lambda gradient: left.append(last_layer.grad))
+    with sums.accepting():
+        model(inputs(0).to(torch.bfloat16), 0, 1, 2).backward()
+    assert left == [None]
+    assert all(sums.seen)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from support.branching import Branching, inputs
@@ -103,3 +105,34 @@ def test_gradients_that_were_replaced_are_refused(alone: bool) -> None:
     model.zero_grad()
     with pytest.raises(MisusedTrainer, match=r"remove model.zero_grad\(\)"), sums.accepting():
         model(inputs(0), 0).backward()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_gradients_that_are_cleared_after_the_last_pass_are_noticed(alone: bool) -> None:
+    model = Branching()
+    sums = GradientSums(model.parameters()).begin(alone=alone)
+    with sums.accepting():
+        model(inputs(0), 0).backward()
+    sums.check()
+    model.zero_grad()
+    with pytest.raises(MisusedTrainer, match=r"model.zero_grad\(\)"):
+        sums.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_parameter_may_be_frozen_for_a_while_whoever_comes_and_goes(dtype: torch.dtype) -> None:
+    model = Branching().to(dtype)
+    frozen = model.get_parameter("layers.0.weight")
+    gradients = GradientSums(model.parameters())
+    for alone, is_trained in itertools.product([True, False, True, False], [True, False, True]):
+        frozen.requires_grad_(is_trained)
+        sums = gradients.begin(alone=alone)
+        assert frozen.requires_grad == is_trained
+        with sums.accepting():
+            model(inputs(0).to(dtype), 0).backward()
+        sums.check()
+        sums.flush(SoloEngine())
+        sums.wait()
+        assert sums.seen == (is_trained, True, False, False, False, False)
+        sums.finish(1.0, sums.seen)
+        assert (frozen.grad is not None) == is_trained

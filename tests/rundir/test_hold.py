@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -47,6 +49,45 @@ def test_a_directory_that_was_given_back_can_be_held_again(tmp_path: Path) -> No
         held.close()
     with other_process(tmp_path):
         pass
+
+
+def test_a_second_holder_of_the_same_process_shares_the_lock(tmp_path: Path) -> None:
+    first, second = Hold(tmp_path), Hold(tmp_path)
+    first.close()
+    first.close()
+    assert _is_busy_for_others(tmp_path)
+    second.close()
+    assert not _is_busy_for_others(tmp_path)
+
+
+def test_a_holder_that_nobody_has_any_more_lets_go(tmp_path: Path) -> None:
+    held = Hold(tmp_path)
+    assert _is_busy_for_others(tmp_path)
+    del held
+    assert not _is_busy_for_others(tmp_path)
+
+
+def test_a_holder_on_another_host_is_waited_for_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hold, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("socket.gethostname", lambda: "another-host")
+    with other_process(tmp_path) as process:
+        timer = threading.Timer(0.3, process.terminate)
+        timer.start()
+        Hold(tmp_path).close()
+        timer.join()
+    monkeypatch.setattr(hold, "OTHER_HOST_PATIENCE_SECONDS", 0.1)
+    with other_process(tmp_path), pytest.raises(RunDirectoryBusy):
+        Hold(tmp_path)
+
+
+def _is_busy_for_others(directory: Path) -> bool:
+    code = (
+        "import sys; from pathlib import Path; from elastic_batch.rundir import Hold, hold; hold.PATIENCE_SECONDS = 0; "
+        "Hold(Path(sys.argv[1]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(directory)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 or "RunDirectoryBusy" in done.stderr
+    return done.returncode != 0
 
 
 def test_without_locks_nobody_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -203,6 +203,14 @@ def _direct_backward(trainer: Trainer) -> None:
             TOKENS.loss_fn(trainer.model, batch)[0].backward()
 
 
+def _cleared_gradients(trainer: Trainer) -> None:
+    for update in trainer.updates():
+        for batch in update:
+            update.backward(*TOKENS.loss_fn(trainer.model, batch))
+        trainer.model.zero_grad()
+        update.step()
+
+
 def _no_step(trainer: Trainer) -> None:
     for update in trainer.updates():
         for batch in update:
@@ -252,6 +260,7 @@ def _own_step(trainer: Trainer) -> None:
     ("mistake", "message"),
     [
         (_direct_backward, r"call update.backward\(loss\)"),
+        (_cleared_gradients, r"model.zero_grad\(\)"),
         (_no_step, r"update.step\(\) was not called"),
         (_two_steps, r"update.step\(\) was called twice"),
         (_no_backward, r"a batch got no update.backward\(loss\)"),
