@@ -53,6 +53,7 @@ class Hold:
             lock = _locks[_key(os.fstat(descriptor))] = _Lock(descriptor)
         lock.num_holders += 1
         self.close = weakref.finalize(self, _let_go, lock)
+        self.close.atexit = False  # a forked child that ends has nothing to let go of
 
     def __enter__(self) -> Self:
         return self
@@ -83,7 +84,7 @@ def _key(found: os.stat_result) -> _Key:
 def _let_go(lock: _Lock) -> None:
     lock.num_holders -= 1
     if not lock.num_holders:
-        del _locks[_key(os.fstat(lock.descriptor))]
+        _locks.pop(_key(os.fstat(lock.descriptor)), None)
         os.close(lock.descriptor)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -58,6 +59,18 @@ def test_a_second_holder_of_the_same_process_shares_the_lock(tmp_path: Path) -> 
     assert _is_busy_for_others(tmp_path)
     second.close()
     assert not _is_busy_for_others(tmp_path)
+
+
+def test_a_forked_child_that_lets_go_leaves_its_parent_the_lock(tmp_path: Path) -> None:
+    def let_go() -> None:
+        held.close()
+
+    with Hold(tmp_path) as held:
+        child = multiprocessing.get_context("fork").Process(target=let_go)
+        child.start()
+        child.join(30)
+        assert child.exitcode == 0
+        assert _is_busy_for_others(tmp_path)
 
 
 def test_a_holder_that_nobody_has_any_more_lets_go(tmp_path: Path) -> None:
