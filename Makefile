@@ -39,7 +39,7 @@ format: .venv/test
 	$(BIN)/ruff check --fix .
 
 bench: .venv/test
-	for name in update heap noise ghost stream checkpoint; do $(BIN)/python benchmarks/bench_$$name.py || exit 1; done
+	for name in update heap noise ghost stream checkpoint data; do $(BIN)/python benchmarks/bench_$$name.py || exit 1; done
 
 bench-elastic: .venv/test
 	for name in elastic session coordinator; do PYTHONPATH=tests $(BIN)/python benchmarks/bench_$$name.py || exit 1; done

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from ctypes import c_int64
 from dataclasses import dataclass, replace
 from multiprocessing.context import BaseContext
-from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from elastic_batch.data.fetch import FetchCancelledError, Fetcher, data_error
 from elastic_batch.data.nested import pin
+from elastic_batch.data.packing import pack
 from elastic_batch.data.source import PassRequest
 from elastic_batch.errors import DataError
 
@@ -42,7 +42,7 @@ class Delivery:
     opened: Any = None
 
     def open(self) -> Delivery:
-        """Unpack. Every delivery must be opened once: its tensors are shared memory that waits to be fetched."""
+        """Unpack. Every delivery must be opened once: its large tensors are shared memory that waits to be fetched."""
         if self.packed is None:
             return self
         return replace(self, packed=None, opened=pickle.loads(self.packed))
@@ -122,7 +122,7 @@ class TaskReader(Dataset[Delivery]):
 
     def _pack(self, batches: list[Any], request: PassRequest) -> bytes:
         try:
-            return bytes(ForkingPickler.dumps(batches))
+            return pack(batches)
         except Exception as error:  # any class in a batch may fail in its own way
             stop = request.start + request.num_micro_batches * self._fetcher.micro_batch_size
             indices = self._fetcher.stream.indices(request.start, stop).tolist()
