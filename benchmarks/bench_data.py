@@ -1,8 +1,8 @@
 """What batches from data workers cost the training process, against torch's own DataLoader over the same samples.
 
-Run `python benchmarks/bench_data.py`: JSON to stdout, a table to stderr. Two data workers each; the samples are ready in
-memory, so that what is measured is the way of a batch into the training process. Both have served some batches before
-they are timed.
+Run `python benchmarks/bench_data.py`: JSON to stdout, a table to stderr. Two data workers each; the samples are ready
+in memory, so that what is measured is the way of a batch into the training process. Both have served some batches
+before they are timed.
 """
 
 from __future__ import annotations
