@@ -169,7 +169,7 @@ def _refuse_unsuitable(scheduler: Any) -> None:
             "scheduler",
             name,
             "must not depend on a metric, because the schedule has to be known in advance",
-            "Use strategy adaptive, which follows the measured noise scale, or grow-batch with milestones",
+            "Give points where it would drop as milestones of grow-batch, or recorded batches as decisions of adaptive",
         )
     if not all(isinstance(part, LRScheduler) for part in parts):
         remedy = "Give a function's factors with elastic_batch.schedule.from_function"
