@@ -61,10 +61,10 @@ def stairs(epochs: Column, values: Column) -> tuple[Column, Column]:
 
 
 def _bin_means(epochs: Column, values: Column, edges: Column) -> Column:
-    """The mean in each bin; NaN where it has no value."""
-    known = ~np.isnan(values)
+    """The mean in each bin; NaN where it has no value. What is beyond the last edge has no bin."""
+    known = ~np.isnan(values) & (epochs <= edges[-1])
     # An update belongs to the bin in which it ends; the last edge belongs to the last bin.
-    bins = np.clip(np.searchsorted(edges, epochs[known], side="left") - 1, 0, len(edges) - 2)
+    bins = np.searchsorted(edges, epochs[known], side="left") - 1
     counts = np.bincount(bins, minlength=len(edges) - 1)
     sums = np.bincount(bins, weights=values[known], minlength=len(edges) - 1)
     with np.errstate(invalid="ignore"):

@@ -44,8 +44,10 @@ def test_seeds_are_joined_to_a_mean_and_its_range() -> None:
 
 
 def test_runs_of_unequal_length_are_drawn_as_far_as_all_have_come() -> None:
-    curve = binned(Group("a", [run([1.0] * 20), run([1.0] * 10)]), "loss")
+    losses = list(np.arange(20.0, 0.0, -1.0))
+    curve = binned(Group("a", [run(losses), run(losses[:10])]), "loss")
     assert curve.epochs[-1] == 1.0
+    assert curve.mean.tolist() == curve.low.tolist() == curve.high.tolist() == losses[:10]
 
 
 def test_evaluations_are_joined_where_every_seed_has_one() -> None:
