@@ -140,6 +140,12 @@ def test_a_repeated_key_is_refused() -> None:
         parse_yaml("seed: 1\nseed: 2\n", "text")
 
 
+@pytest.mark.parametrize("text", ["seed: {{ seed }}", "? [a, b]\n: 1"])
+def test_a_key_that_is_no_plain_value_is_refused(text: str) -> None:
+    with pytest.raises(InvalidSetting, match=r"line 1, column \d+: a list or a mapping cannot be a field's name"):
+        parse_yaml(text, "text")
+
+
 def test_a_missing_file_and_one_without_fields_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidSetting, match="cannot be read"):
         load_job(tmp_path / "none.yaml")
@@ -158,6 +164,17 @@ def test_flag_wins_over_environment_over_file_over_default() -> None:
     environ = {"ELASTIC_BATCH_SEED": "1", "ELASTIC_BATCH_OPTIMIZER__LEARNING_RATE": "2e-1", "OTHER": "x"}
     job = resolve_job({**SMALLEST, "precision": "bf16", "seed": 9}, environ=environ, flags={"seed": 5})
     assert (job.seed, job.optimizer.learning_rate, job.precision, job.spares) == (5, 0.2, "bf16", 0)
+
+
+def test_what_is_within_a_short_form_can_be_set() -> None:
+    schedule = {"strategy": "convert", "global_batch_size": 32, "max_duration": "20ep", "warmup": "5ep"}
+    job = resolve_job(
+        {**SMALLEST, "schedule": schedule},
+        environ={"ELASTIC_BATCH_SCHEDULE__SHAPE": "cosine", "ELASTIC_BATCH_SCHEDULE__WARMUP__START_FACTOR": "0"},
+        flags={"schedule.shape.final_factor": 0.1},
+    )
+    assert job.dump()["schedule"]["shape"] == {"name": "cosine", "final_factor": 0.1}
+    assert job.dump()["schedule"]["warmup"] == {"duration": "5ep", "start_factor": 0.0}
 
 
 def test_a_wrong_value_names_where_it_was_set() -> None:

@@ -13,6 +13,8 @@ from elastic_batch.job.job import Job
 from elastic_batch.job.yaml_text import parse_yaml
 
 ENVIRONMENT_PREFIX = "ELASTIC_BATCH_"
+_SHORT_FORMS = {"schedule.shape": "name", "schedule.warmup": "duration"}
+"""Sections that may be written as one word, and the field of theirs that it stands for."""
 
 
 def load_job(path: Path, *, environ: Mapping[str, str] | None = None, flags: Mapping[str, Any] | None = None) -> Job:
@@ -53,10 +55,10 @@ def resolve_job(
     origins: dict[str, str] = {}
     merged = dict(fields)
     for variable, name, value in _environment_settings(environ or {}):
-        merged = _with(merged, name.split("."), value)
+        merged = _with(merged, name, value)
         origins[name] = variable
     for name, value in (flags or {}).items():
-        merged = _with(merged, name.split("."), value)
+        merged = _with(merged, name, value)
         origins[name] = "the command line"
     try:
         return Job.parse(merged)
@@ -103,10 +105,12 @@ def _environment_settings(environ: Mapping[str, str]) -> list[tuple[str, str, An
     return settings
 
 
-def _with(fields: Mapping[str, Any], path: list[str], value: Any) -> dict[str, Any]:
-    """A copy of nested fields with one of them set."""
-    first, *rest = path
+def _with(fields: Mapping[str, Any], name: str, value: Any, around: str = "") -> dict[str, Any]:
+    """A copy of nested fields, which lie at `around`, with one of them set by its dotted name."""
+    first, _, rest = name.partition(".")
     if not rest:
         return {**fields, first: value}
-    inner = fields.get(first)
-    return {**fields, first: _with(inner if isinstance(inner, Mapping) else {}, rest, value)}
+    inner, section = fields.get(first), f"{around}{first}"
+    if isinstance(inner, str) and section in _SHORT_FORMS:
+        inner = {_SHORT_FORMS[section]: inner}
+    return {**fields, first: _with(inner if isinstance(inner, Mapping) else {}, rest, value, f"{section}.")}
