@@ -59,8 +59,16 @@ class Lengths:
             raise InvalidSetting(field, str(duration), "must be above 0")
         return period
 
-    def milestones(self, durations: tuple[Duration, ...], field: str, *, after: int = 0) -> list[int]:
+    def milestones(
+        self, durations: tuple[Duration, ...], field: str, *, after: int = 0, first_index: int = 0
+    ) -> list[int]:
         """Convert points that must follow each other, after `after` and before the job's end.
+
+        Args:
+            durations: The points.
+            field: The list's name, for the error.
+            after: In samples.
+            first_index: Which place in the list the first of them has.
 
         Raises:
             InvalidSetting: One is not after the one before it, or past the end.
@@ -70,7 +78,7 @@ class Lengths:
             position = self.samples(duration, field)
             if position >= self.total:
                 raise InvalidSetting(
-                    f"{field}[{index}]",
+                    f"{field}[{first_index + index}]",
                     str(duration),
                     f"is past the end: must be before {self._words(self.total)}, the job's duration",
                     "Remove it, train longer, or give milestones as parts of the whole ('0.5dur')",
@@ -79,7 +87,7 @@ class Lengths:
             if position <= earliest:
                 before = f"the one before it, {durations[index - 1]}" if index else self._words(earliest)
                 raise InvalidSetting(
-                    f"{field}[{index}]",
+                    f"{field}[{first_index + index}]",
                     str(duration),
                     f"must be later than {before}" if index or earliest else "must be above 0",
                     "Sort the milestones" if index else "A warm-up must end before the first" if earliest else "",

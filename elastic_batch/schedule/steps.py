@@ -47,8 +47,9 @@ class StepsSchedule(GivenBatchSettings):
         return first_from_points(data)
 
     def stretches(self, context: ScheduleContext, lengths: Lengths) -> list[Stretch]:
-        later = self.points[1:] if self.points[0].at.amount == 0 else self.points
-        bounds = [0, *lengths.milestones(tuple(step.at for step in later), "schedule.points"), lengths.end]
+        num_at_zero = int(self.points[0].at.amount == 0)
+        later = tuple(step.at for step in self.points[num_at_zero:])
+        bounds = [0, *lengths.milestones(later, "schedule.points", first_index=num_at_zero), lengths.end]
         states = self._states(context)
         return [
             Stretch(start, stop, FixedBatch(batch), rate, momentum)

@@ -89,7 +89,12 @@ def test_the_rate_has_a_shape_of_its_own() -> None:
         ({"points": "2ep:16000"}, "below the training set's 10000"),
         ({"points": "2ep:256", "max_global_batch_size": 128}, "not be above max_global_batch_size = 128"),
         ({"points": "4ep:128 2ep:256"}, r"schedule.points\[1\].*must be later"),
+        (
+            {"points": "0:64 4ep:128 2ep:256"},
+            r"schedule.points\[2\] = '2ep': must be later than the one before it, 4ep",
+        ),
         ({"points": "10ep:128"}, "past the end"),
+        ({"points": "0:64 10ep:128"}, r"schedule.points\[1\].*past the end"),
         ({"points": [{"at": "1ep", "momentum": 1}]}, "less than 1"),
         (
             {"points": [{"at": "1ep", "learning_rate": 1}], "learning_rate_scaling": "linear"},
