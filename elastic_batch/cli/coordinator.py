@@ -89,7 +89,11 @@ def command(
     """
     times = {name.removesuffix("_seconds"): given.pop(name) for name in list(given) if name.endswith("_seconds")}
     membership = MembershipConfig(
-        min_workers=min_workers, max_workers=max_workers or _MANY, spares=spares, crashes=crashes, **times
+        min_workers=min_workers,
+        max_workers=_MANY if max_workers is None else max_workers,
+        spares=spares,
+        crashes=crashes,
+        **times,
     )
     config = CoordinatorConfig(membership=membership, **given)
     if job_name is not None:

@@ -98,6 +98,7 @@ def test_a_world_survives_the_end_of_its_coordinator(tmp_path: Path, number: sig
     [
         (["--min-workers", "0"], "min_workers = 0: must be at least 1"),
         (["--min-workers", "3", "--max-workers", "2"], "max_workers = 2: must be at least min_workers, 3"),
+        (["--max-workers", "0"], "max_workers = 0: must be at least min_workers, 1"),
         (["--spares", "-1"], "spares = -1"),
         (["--port", "70000"], "port = 70000"),
         (["--tls-cert", "cert.pem"], "needs the other one too"),
