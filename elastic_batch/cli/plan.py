@@ -36,6 +36,10 @@ def command(
 
     RECIPE is one of `elastic-batch recipes`, FILE a job file of your own.
     """
+    if plot is not None:
+        from elastic_batch.cli.plan_picture import check_picture, draw_plan
+
+        check_picture(plot)
     planned = plan_job(read_job(environ=invocation.environ, **job_flags))
     numbers = _read_workers(workers, planned.max_workers) if workers else _usual_workers(planned.max_workers)
     times = None
@@ -52,8 +56,6 @@ def command(
 
         print_plan(planned, numbers, times)
     if plot is not None:
-        from elastic_batch.cli.plan_picture import draw_plan  # loads matplotlib
-
         draw_plan(planned, plot)
         click.echo(f"Drawn: {plot}", err=True)
 

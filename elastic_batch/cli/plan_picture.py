@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from elastic_batch.errors import ElasticBatchError, InvalidSetting
@@ -13,23 +14,28 @@ _POINTS = 600
 _MOST_TICKS = 8
 
 
+def check_picture(path: Path) -> None:
+    """See that a plan can be drawn into a file, before anything is done that takes long.
+
+    Raises:
+        InvalidSetting: It ends with neither `.png` nor `.svg`.
+        ElasticBatchError: Matplotlib is not installed.
+    """
+    if path.suffix not in (".png", ".svg"):
+        raise InvalidSetting("--plot", str(path), "must end with .png or .svg")
+    if find_spec("matplotlib") is None:
+        raise ElasticBatchError("drawing needs matplotlib: pip install 'elastic-batch[report]'")
+
+
 def draw_plan(planned: JobPlan, path: Path) -> None:
     """Draw a plan into a file.
 
     Args:
         planned: The plan.
-        path: Where to; `.png` or `.svg`.
-
-    Raises:
-        InvalidSetting: Another suffix.
-        ElasticBatchError: Matplotlib is not installed.
+        path: Where to, as `check_picture` wants it.
     """
-    if path.suffix not in (".png", ".svg"):
-        raise InvalidSetting("--plot", str(path), "must end with .png or .svg")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ElasticBatchError("drawing needs matplotlib: pip install 'elastic-batch[report]'") from error
+    from matplotlib.figure import Figure  # takes half a second to load
+
     figure = Figure(figsize=(8, 7), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True)
     figure.suptitle(

@@ -146,9 +146,23 @@ def test_a_plan_is_drawn(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert path.stat().st_size > 10_000
 
 
-def test_another_kind_of_picture_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "digits", "--plot", str(tmp_path / "plan.jpg")], {}) == 2
-    assert "must end with .png or .svg" in capsys.readouterr().err
+def test_another_kind_of_picture_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "digits", "--measure", "--plot", str(tmp_path / "plan.jpg")], {}) == 2
+    said = capsys.readouterr()
+    assert "must end with .png or .svg" in said.err
+    assert said.out == ""
+
+
+def test_without_matplotlib_nothing_is_measured_in_vain(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["plan", "digits", "--measure", "--plot", str(tmp_path / "plan.png")], {}) == 1
+    said = capsys.readouterr()
+    assert "pip install 'elastic-batch[report]'" in said.err
+    assert said.out == ""
 
 
 @pytest.mark.parametrize(
