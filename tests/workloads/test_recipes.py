@@ -52,6 +52,11 @@ def test_a_plan_has_the_papers_number_of_updates(name: str, updates: int) -> Non
     assert abs(plan_job(job(name)).plan.updates - updates) <= 2
 
 
+@pytest.mark.parametrize("name", [name for name in recipe_names() if "updates" in recipe_summary(name)])
+def test_the_summary_has_the_number_of_updates_of_the_plan(name: str) -> None:
+    assert f"({plan_job(job(name)).plan.updates} updates" in recipe_summary(name)
+
+
 @pytest.mark.parametrize(("name", "phases"), PHASES.items())
 def test_batches_and_learning_rates_are_the_papers(name: str, phases: list[tuple[int, float]]) -> None:
     rows = plan_job(job(name)).plan.rows
