@@ -50,7 +50,7 @@ def test_a_mean_over_samples_passes_though_norms_and_dropout_couple_them() -> No
     ],
 )
 def test_other_losses_are_refused(loss: Callable[[Any], Tensor]) -> None:
-    with pytest.raises(MisusedTrainer, match="not a mean over samples"):
+    with pytest.raises(MisusedTrainer, match=r"not a mean over samples.*in a job file.*takes: 'model, batch'"):
         _check(loss)
 
 
