@@ -79,8 +79,8 @@ class MeanCheck:
                 f"the gradient of the loss over a micro-batch is {difference:.2%} away from the mean of its halves': "
                 "the loss is not a mean over samples (ignore_index, class weights or negatives from the batch do "
                 "that). Give a sum and its weight: update.backward(loss_sum, weight=...), or (loss_sum, weight) from "
-                "loss_fn, in a job file from a loss.target with takes: 'model, batch'. A script keeps its loss as it is "
-                "with check_loss=False"
+                "loss_fn, in a job file from a loss.target with takes: 'model, batch'. In a script "
+                "check_loss=False keeps the loss as it is"
             )
 
 
