@@ -61,6 +61,7 @@ class ConversionSettings(TradeSettings):
             end=lengths.end,
             base_learning_rate=context.learning_rate,
             global_batch_size=origin.global_batch_size,
+            baseline_batch_size=self.global_batch_size,
             max_global_batch_size=cap,
             noise_form=self.noise_form,
             rule=self._words(source, cap),

@@ -57,6 +57,7 @@ class GivenBatchSettings(ScheduleSettings):
             end=lengths.end,
             base_learning_rate=context.learning_rate,
             global_batch_size=sizes[0],
+            baseline_batch_size=self.global_batch_size,
             max_global_batch_size=max(sizes),
             noise_form=self.noise_form,
             rule=self._words(),

@@ -67,6 +67,7 @@ class MilestoneSchedule(TradeSettings):
             end=lengths.end,
             base_learning_rate=context.learning_rate,
             global_batch_size=origin.global_batch_size,
+            baseline_batch_size=self.global_batch_size,
             max_global_batch_size=max(phase.batch.allocate(phase.start, 0.0)[0] for phase in phases),
             noise_form=self.noise_form,
             rule=self._words(cap),

@@ -58,7 +58,7 @@ class Plan:
     """The job's length, rounded up to whole micro-batches."""
     epochs: float
     baseline_updates: int
-    """Updates of the same job with plain decay, at the first batch throughout."""
+    """Updates of the same job with plain decay, at the first batch throughout, nothing raised."""
     rows: tuple[PlanRow, ...]
 
     def shares(self, num_workers: int) -> list[WorkerShare]:
@@ -117,7 +117,7 @@ def plan(schedule: Schedule) -> Plan:
         updates=sum(row.updates for row in rows),
         samples=schedule.end,
         epochs=schedule.end / schedule.num_samples,
-        baseline_updates=-(-schedule.end // schedule.global_batch_size),
+        baseline_updates=-(-schedule.end // schedule.baseline_batch_size),
         rows=tuple(rows),
     )
 

@@ -53,6 +53,8 @@ class Schedule:
     """The optimizer's; parameter groups keep their ratio to it."""
     global_batch_size: int
     """The batch of the first update."""
+    baseline_batch_size: int
+    """The first batch before anything was raised: that of plain decay, throughout."""
     max_global_batch_size: int
     """No update is larger."""
     noise_form: NoiseForm

@@ -304,7 +304,7 @@ class Recorder:
                 **self._ending,
                 "planned_updates": sum(run.num_updates for run in walk(self._schedule)),
                 "baseline_updates": self._options.baseline_updates
-                or -(-self._schedule.end // self._schedule.global_batch_size),
+                or -(-self._schedule.end // self._schedule.baseline_batch_size),
                 "epochs": self._ending["samples"] / self._schedule.num_samples,
                 "seconds": self._outlets.seconds_of_updates(),
                 "metrics": self._final_metrics,

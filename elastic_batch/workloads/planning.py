@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from elastic_batch.job import Job
 from elastic_batch.schedule import Plan, Schedule, plan
@@ -16,7 +16,6 @@ class JobPlan:
     job: Job
     schedule: Schedule
     plan: Plan
-    """Its `baseline_updates` are those of plain decay without anything raised."""
     decay: Plan | None
     """Plain decay; None where the job gives batches without a learning-rate schedule to compare with."""
     decay_schedule: Schedule | None
@@ -41,13 +40,11 @@ def plan_job(job: Job) -> JobPlan:
     schedule = job.build_schedule(num_samples)
     spec = job.with_plain_decay()
     decay_schedule = spec.build_schedule(num_samples) if spec else None
-    decay = plan(decay_schedule) if decay_schedule else None
-    baseline = decay.updates if decay else -(-schedule.end // job.schedule.global_batch_size)
     return JobPlan(
         job=job,
         schedule=schedule,
-        plan=replace(plan(schedule), baseline_updates=baseline),
-        decay=decay,
+        plan=plan(schedule),
+        decay=plan(decay_schedule) if decay_schedule else None,
         decay_schedule=decay_schedule,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -79,6 +80,13 @@ def test_the_baseline_is_the_first_batch_throughout() -> None:
     planned = plan(_digits())
     assert planned.baseline_updates == plan(_digits(strategy="decay-lr")).updates
     assert planned.updates < planned.baseline_updates
+
+
+@pytest.mark.parametrize("make", [_digits, _cosine])
+def test_the_baseline_has_nothing_raised(make: Callable[..., Schedule]) -> None:
+    raised = make(raised={"learning_rate": 0.2})
+    assert (raised.at(0).global_batch_size, raised.global_batch_size) == (64, 64)
+    assert plan(raised).baseline_updates == plan(make()).baseline_updates == plan(_digits(strategy="decay-lr")).updates
 
 
 def test_a_continuous_schedule_has_one_row_per_change_of_the_batch_with_the_range_of_the_rate() -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from support.jobs import IMAGES
 from support.training import Plan, make_trainer, run
+from torch import nn
+from torch.utils.data import TensorDataset
 
 from elastic_batch.engines import FixedWorld, SoloEngine
-from elastic_batch.rundir import read_run_ledger
+from elastic_batch.rundir import read_run_ledger, read_summary
+from elastic_batch.schedule import MilestoneSchedule
+from elastic_batch.trainer import Trainer
 
 
 def test_a_lead_that_missed_a_commit_of_the_others_writes_it_down_in_the_next_world(tmp_path: Path) -> None:
@@ -31,3 +36,28 @@ def test_what_others_lack_is_told_them(tmp_path: Path) -> None:
         assert everything == teller._recorder.commits_after(0)
         assert everything.count("[") == 1 + 3
         assert told._recorder.commits_after(teller.position) == "[]"
+
+
+def test_the_summary_compares_a_raised_schedule_with_plain_decay_from_where_nothing_is_raised(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    schedule = MilestoneSchedule.of(
+        strategy="grow-batch",
+        global_batch_size=8,
+        max_duration="1ep",
+        milestones=(),
+        factor=2,
+        raised={"learning_rate": 0.2},
+        max_global_batch_size=16,
+    )
+    data = TensorDataset(torch.ones(64, 2), torch.ones(64, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Trainer(
+        model, optimizer, data, schedule, micro_batch_size=8, loss_fn=_mse, run_dir=tmp_path / "run"
+    ) as trainer:
+        assert len(list(trainer)) == 4
+    summary = read_summary(tmp_path / "run")
+    assert (summary["updates"], summary["baseline_updates"]) == (4, 8)
+
+
+def _mse(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
+    return nn.functional.mse_loss(model(batch[0]), batch[1])
