@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_batch.errors import RunDirectoryMissing
-from elastic_batch.rundir import has_updates, read_job, read_metrics, read_summary
+from elastic_batch.rundir import has_updates, read_evaluations, read_job, read_metrics, read_summary
 
 Column = NDArray[np.float64]
 
@@ -146,7 +146,7 @@ def load_run(path: Path) -> Run:
     updates = _columns(read_metrics(path), _COLUMNS)
     if not updates["update"].size:
         raise RunDirectoryMissing(str(path))
-    evaluations = list(read_metrics(path, "evaluation"))
+    evaluations = list(read_evaluations(path))
     metrics = sorted({name for record in evaluations for name in record["metrics"]})
     flat = ({**record["metrics"], "update": record["update"], "epoch": record["epoch"]} for record in evaluations)
     schedule = job.get("schedule")

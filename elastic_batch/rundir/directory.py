@@ -192,23 +192,37 @@ def read_summary(path: str | os.PathLike[str]) -> dict[str, Any]:
     return summary if isinstance(summary, dict) else {}
 
 
-def read_metrics(path: str | os.PathLike[str], kind: str = "update") -> Iterator[dict[str, Any]]:
-    """The metrics of the run in a directory, by ascending update; only offsets are held in memory.
+def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The updates' records of the run in a directory, by ascending update; only offsets are held in memory.
 
     After a resume from an earlier position updates are done again: of several lines of one update the last one counts.
-
-    Args:
-        path: The run directory.
-        kind: `update` or `evaluation`.
     """
     log = Path(path) / _METRICS
     offsets: dict[int, int] = {}
     for offset, record in read_lines(log):
         update = record.get("update")
-        if record.get("kind") == kind and isinstance(update, int):
+        if record.get("kind") == "update" and isinstance(update, int):
             offsets[update] = offset
     if offsets:
         yield from read_line_at(log, (offsets[update] for update in sorted(offsets)))
+
+
+def read_evaluations(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The evaluations' records of the run in a directory, by ascending update.
+
+    Several evaluations at one place, of the model and then of its average, say, are one record with the metrics of all;
+    of several values of one metric the last one counts.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    for _, record in read_lines(Path(path) / _METRICS):
+        update = record.get("update")
+        if record.get("kind") == "evaluation" and isinstance(update, int):
+            before = found.get(update)
+            if before is not None and before.get("position") == record.get("position"):
+                record = {**record, "metrics": {**before["metrics"], **record["metrics"]}}
+            found[update] = record
+    for update in sorted(found):
+        yield found[update]
 
 
 def has_updates(path: str | os.PathLike[str]) -> bool:

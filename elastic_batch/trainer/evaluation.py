@@ -19,6 +19,8 @@ from elastic_batch.trainer.failures import exchange, judge, texts
 Pair = tuple[Tensor | float, Tensor | float]
 Measure = Callable[[nn.Module, Any], Pair | Mapping[str, Pair]]
 """Of (model, batch): a (sum, weight) pair, or one for each of several names."""
+UNNAMED = ""
+"""What `evaluate` calls the mean of a single pair."""
 
 
 def accuracy(model: nn.Module, batch: Any) -> Pair:
@@ -51,7 +53,7 @@ def evaluate(
     Each worker runs a contiguous part; one without samples runs the first batch with weight 0, to know the names.
 
     Returns:
-        Name -> sum of sums / sum of weights; the name is `value` where `measure` gives a single pair.
+        Name -> sum of sums / sum of weights; the name is `UNNAMED` where `measure` gives a single pair.
 
     Raises:
         WorkerFailed: `measure` or the data failed on some worker; every worker raises it.
@@ -81,6 +83,16 @@ def evaluate(
     return _total(engine, totals, error, device)
 
 
+def name_of(measure: Measure) -> str:
+    """What records call the mean of a measure that gives a single pair: the function's name, `value` if it has none.
+
+    >>> name_of(accuracy), name_of(lambda model, batch: (0.0, 1.0))
+    ('accuracy', 'value')
+    """
+    name = str(getattr(measure, "__name__", ""))
+    return name if name.isidentifier() else "value"
+
+
 def _total(
     engine: Engine, totals: dict[str, Tensor], error: Exception | None, device: torch.device
 ) -> dict[str, float]:
@@ -95,7 +107,7 @@ def _total(
 
 
 def _named(result: Pair | Mapping[str, Pair]) -> Mapping[str, Pair]:
-    named = result if isinstance(result, Mapping) else {"value": result}
+    named = result if isinstance(result, Mapping) else {UNNAMED: result}
     if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in named.values()):
         raise MisusedTrainer("the measure must give a (sum, weight) pair, or a dict of such pairs by name")
     return named

@@ -26,7 +26,7 @@ from elastic_batch.trainer.assembly import (
     refuse_wrapped,
     require_schedule,
 )
-from elastic_batch.trainer.evaluation import Measure, evaluate
+from elastic_batch.trainer.evaluation import UNNAMED, Measure, evaluate, name_of
 from elastic_batch.trainer.header import Tally
 from elastic_batch.trainer.heap import keep_freed_memory
 from elastic_batch.trainer.loop import UpdateLoop
@@ -242,8 +242,9 @@ class Trainer:
                 # Workers that joined meanwhile are at an update: they wait there, so the others evaluate each alone.
                 engine = loop.engine if together else SoloEngine()
         self._standing.stage = "user"
-        self._recorder.evaluation(means, self.position, self.num_updates)
-        return means["value"] if list(means) == ["value"] else means
+        named = {name or name_of(measure): mean for name, mean in means.items()}
+        self._recorder.evaluation(named, self.position, self.num_updates)
+        return means.get(UNNAMED, means)
 
     def close(self) -> None:
         """Give everything back: data processes, records, the optimizer and the world."""

@@ -18,6 +18,7 @@ from elastic_batch.rundir import (
     RunDirectory,
     directory,
     is_used,
+    read_evaluations,
     read_job,
     read_metrics,
     read_run_id,
@@ -49,7 +50,7 @@ def test_a_run_leaves_its_job_its_logs_and_its_summary(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert read_job(path) == JOB
     assert [record["loss"] for record in read_metrics(path)] == [1.0, 0.5]
-    assert [record["metrics"] for record in read_metrics(path, "evaluation")] == [{"accuracy": None}]
+    assert [record["metrics"] for record in read_evaluations(path)] == [{"accuracy": None}]
     assert read_run_ledger(path).ranges == [(0, 64)]
     assert read_summary(path) == {"updates": 2, "finished": True, "loss": None}
     assert read_run_id(path) == run.run_id
@@ -70,6 +71,25 @@ def test_a_resumed_run_keeps_its_name_appends_and_repeats_its_last_updates(tmp_p
         (4, 2.0),
     ]
     assert read_job(tmp_path)["workers"] == 4
+
+
+def test_evaluations_after_one_update_are_one_record(tmp_path: Path) -> None:
+    def evaluation(number: int, **metrics: float) -> dict[str, Any]:
+        return {"kind": "evaluation", "update": number, "position": 32 * number, "metrics": metrics}
+
+    with RunDirectory.create(tmp_path, JOB) as run:
+        for record in (
+            evaluation(2, accuracy=0.5),
+            evaluation(2, averaged=0.6),
+            {**evaluation(3, accuracy=0.1, averaged=0.1), "position": 100},
+            evaluation(3, accuracy=0.7),
+            evaluation(2, accuracy=0.4),
+        ):
+            run.record(record)
+    assert [(record["update"], record["metrics"]) for record in read_evaluations(tmp_path)] == [
+        (2, {"accuracy": 0.4, "averaged": 0.6}),
+        (3, {"accuracy": 0.7}),
+    ]
 
 
 def test_a_fresh_run_is_refused_where_there_is_one(tmp_path: Path) -> None:

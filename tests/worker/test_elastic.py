@@ -227,7 +227,7 @@ def test_a_worker_is_killed_while_all_evaluate(start: Start) -> None:
     records = (cluster.run_dir / "metrics.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in records if '"evaluation"' in line]
     assert len(found) >= 30
-    assert {line["metrics"]["value"] for line in found} == {319.5}
+    assert {line["metrics"]["count"] for line in found} == {319.5}
 
 
 def test_a_worker_with_another_job_is_refused_and_told_what_differs(start: Start) -> None:

@@ -1,0 +1,47 @@
+"""What an evaluation gives, and under which names it is recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.jobs import TOKENS
+from support.training import Plan, make_trainer
+from torch import nn
+
+from elastic_batch.engines import FixedWorld, SoloEngine
+from elastic_batch.rundir import read_evaluations
+from elastic_batch.trainer.evaluation import Measure
+
+
+def share_of_halves(model: nn.Module, batch: Any) -> tuple[float, float]:
+    return 1.0, 2.0
+
+
+def by_name(model: nn.Module, batch: Any) -> Mapping[str, tuple[float, float]]:
+    return {"value": (1.0, 4.0)}
+
+
+class Judge:
+    def __call__(self, model: nn.Module, batch: Any) -> tuple[float, float]:
+        return 1.0, 8.0
+
+
+@pytest.mark.parametrize(
+    ("measure", "result", "metrics"),
+    [
+        (share_of_halves, 0.5, {"share_of_halves": 0.5}),
+        (lambda *_: (1.0, 2.0), 0.5, {"value": 0.5}),
+        (Judge(), 0.125, {"value": 0.125}),
+        (by_name, {"value": 0.25}, {"value": 0.25}),
+    ],
+)
+def test_a_single_pair_is_a_number_recorded_under_the_functions_name(
+    measure: Measure, result: Any, metrics: dict[str, float], tmp_path: Path
+) -> None:
+    plan = Plan(TOKENS, owns_loop=True, options={"run_dir": tmp_path / "run"})
+    with make_trainer(plan, FixedWorld(SoloEngine())) as trainer:
+        assert trainer.evaluate(trainer._train_set, measure) == result
+    assert [record["metrics"] for record in read_evaluations(tmp_path / "run")] == [metrics]
