@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elastic_batch.job.job import Job
+from elastic_batch.job.job import TRAJECTORY, Job
 from elastic_batch.job.loading import load_job, parse_assignments, resolve_job
 from elastic_batch.job.settings import (
     AdamSettings,
@@ -19,6 +19,7 @@ from elastic_batch.job.settings import (
 from elastic_batch.job.yaml_text import format_yaml
 
 __all__ = [
+    "TRAJECTORY",
     "AdamSettings",
     "AdamWSettings",
     "DataSettings",

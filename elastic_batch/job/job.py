@@ -136,7 +136,7 @@ class Job(Section):
 
         The length of training stays out where nothing before its end depends on it, so that a run can be prolonged.
         """
-        known = self.model_dump(mode="json", include=_TRAJECTORY)
+        known = self.model_dump(mode="json", include=set(TRAJECTORY))
         for machine in ("root", "download", "num_samples"):
             del known["data"][machine]
         known["ghost_batch_size"] = self.ghost_batch_size or self.micro_batch_size
@@ -145,7 +145,7 @@ class Job(Section):
         return known
 
 
-_TRAJECTORY = {
+TRAJECTORY = (
     "seed",
     "data",
     "model",
@@ -158,7 +158,8 @@ _TRAJECTORY = {
     "max_grad_norm",
     "momentum_correction",
     "on_non_finite",
-}
+)
+"""Fields that alter the trajectory."""
 _LENGTH_FREE_SHAPES = {"constant", "multi-step", "step", "exponential", "cosine-restarts", "inverse-sqrt", "table"}
 
 

@@ -33,7 +33,7 @@ def write_report(
 ) -> Report:
     """Draw runs on common axes, and tabulate them.
 
-    Runs of one job and strategy with several seeds become one curve, the mean, with the range that they span.
+    Runs that differ in their seed only become one curve, the mean, with the range that they span.
 
     Args:
         paths: Run directories, or directories that hold some.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -36,9 +37,16 @@ def draw_figures(groups: Sequence[Group], metric: str | None, output: Path) -> l
             lambda axes: draw_metric(axes, groups, metric),
             lambda axes: draw_metric(axes, groups, metric, "update"),
         ]
-        pictures |= {metric: evaluation, "overview": [*schedule, *noise, loss[0], *evaluation]}
+        name = _picture_name(metric, pictures)
+        pictures |= {name: evaluation, "overview": [*schedule, *noise, loss[0], *evaluation]}
     with _style():
         return [path for name, panels in pictures.items() for path in _draw(panels, len(groups), output / name)]
+
+
+def _picture_name(metric: str, others: Collection[str]) -> str:
+    """A name for the evaluation's picture that any file system takes, and that no other picture has."""
+    name = re.sub(r"[^\w-]+", "-", metric)
+    return f"evaluation-{name}" if name.lower() in others else name
 
 
 def _draw(panels: Sequence[Panel], num_groups: int, stem: Path) -> list[Path]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_batch.errors import RunDirectoryMissing
+from elastic_batch.report.settings import FIRST_VALUES, Settings, settings_of, task_of, tell_apart
 from elastic_batch.rundir import has_updates, read_evaluations, read_job, read_metrics, read_summary
 
 Column = NDArray[np.float64]
@@ -36,6 +37,7 @@ class Run:
         evaluations: `update` and `epoch` of the evaluations, and a column for each metric.
         baseline_updates: Updates of plain decay at the same settings; None if it is not known.
         is_finished: Whether the run came to its end.
+        settings: What else alters the trajectory.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Run:
     evaluations: Mapping[str, Column]
     baseline_updates: int | None
     is_finished: bool = True
+    settings: Settings = field(default_factory=dict)
 
     @property
     def num_updates(self) -> int:
@@ -94,7 +97,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one job and strategy, drawn as one curve: their mean, and the range that they span.
+    """Runs that differ in their seed only, drawn as one curve: their mean, and the range that they span.
 
     Attributes:
         label: What distinguishes them from the other groups.
@@ -105,9 +108,19 @@ class Group:
     runs: Sequence[Run]
 
     @property
+    def name(self) -> str:
+        """The job's name, of all of them."""
+        return self.runs[0].name
+
+    @property
     def strategy(self) -> str:
         """The strategy of all of them."""
         return self.runs[0].strategy
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of all of them."""
+        return self.runs[0].settings
 
     @property
     def is_finished(self) -> bool:
@@ -153,34 +166,62 @@ def load_run(path: Path) -> Run:
     planned = schedule.get("strategy") if isinstance(schedule, dict) else None
     return Run(
         name=str(summary.get("name") or job.get("name") or path.resolve().name),
-        strategy=str(summary.get("strategy") or planned or path.resolve().name),
+        strategy=str(planned or summary.get("strategy") or path.resolve().name),
         seed=_first_known(summary.get("seed"), job.get("seed")),
         updates=updates,
         evaluations=_columns(flat, ("update", "epoch", *metrics)),
         baseline_updates=summary.get("baseline_updates"),
         is_finished=bool(summary.get("finished")),
+        settings=settings_of(job if planned else {**job, **_first_values(updates)}),
     )
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Put runs that differ in their seed only together; the plain decay, if there is one, comes first."""
-    several_names = len({run.name for run in runs}) > 1
-    groups: dict[tuple[str, str], list[Run]] = {}
+    """Put runs that differ in their seed only together; plain decay, if there is any, comes first."""
+    alike: dict[Hashable, list[Run]] = {}
     for run in runs:
-        groups.setdefault((run.name, run.strategy), []).append(run)
+        alike.setdefault((run.name, run.strategy, frozenset(run.settings.items())), []).append(run)
+    firsts = [members[0] for members in alike.values()]
     made = [
-        Group(
-            _label(name, strategy, several_names) + _UNFINISHED * any(not run.is_finished for run in members), members
-        )
-        for (name, strategy), members in groups.items()
+        Group(_label(members[0], firsts) + _UNFINISHED * any(not run.is_finished for run in members), members)
+        for members in alike.values()
     ]
     return sorted(made, key=lambda group: not is_baseline(group))
 
 
-def _label(name: str, strategy: str, several_names: bool) -> str:
+def baseline_of(group: Group, groups: Iterable[Group]) -> Group | None:
+    """The plain decay that a group is compared with: the most like it of those with its name, else with its task.
+
+    The task is data and model; a script's run does not tell them. None if there is no such group.
+    """
+
+    def num_differences(other: Group) -> int:
+        return len(set(group.settings.items()) ^ set(other.settings.items()))
+
+    decays = [other for other in groups if is_baseline(other)]
+    namesakes = [other for other in decays if other.name == group.name]
+    task = task_of(group.settings)
+    colleagues = [other for other in decays if task and task_of(other.settings) == task]
+    return min(namesakes or colleagues, key=num_differences, default=None)
+
+
+def _first_values(updates: Mapping[str, Column]) -> dict[str, str]:
+    """What a script does not write down of its optimizer and schedule, as far as the first update shows it."""
+    return {name: f"{updates[name][0]:.12g}" for name in FIRST_VALUES}
+
+
+def _label(run: Run, others: Sequence[Run]) -> str:
+    """What tells a run from others: its strategy, its name if they have several, and settings where that is equal."""
+    several_names = len({other.name for other in others}) > 1
+    label = _short_label(run, several_names)
+    namesakes = [other.settings for other in others if _short_label(other, several_names) == label]
+    return ", ".join(filter(None, [label, tell_apart(run.settings, namesakes)]))
+
+
+def _short_label(run: Run, several_names: bool) -> str:
     if not several_names:
-        return strategy
-    return name if strategy in name else f"{name}: {strategy}"
+        return run.strategy
+    return run.name if run.strategy in run.name else f"{run.name}: {run.strategy}"
 
 
 def is_baseline(group: Group) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic_batch.report.runs import Group, is_baseline
+from elastic_batch.report.runs import Group, baseline_of
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Row:
         seeds: Its seeds, as far as known.
         runs: How many runs it has.
         updates: Updates done, the mean over its runs.
-        baseline_updates: Updates of plain decay: of the group that ran it, or as planned; None if neither is known.
+        baseline_updates: Updates of plain decay: of the group that it is compared with, or as planned; None if unknown.
         samples: Samples committed, the mean.
         metric: The name of what was evaluated; None if nothing was.
         final_mean: The last evaluation's value, the mean; NaN if there is none.
         final_low: The least of them.
         final_high: The greatest.
-        difference: `final_mean` less that of the group that ran plain decay; None if there is no other one.
+        difference: `final_mean` less that of the plain decay that it is compared with; None if there is no other one.
         seconds: Time of all updates, the mean.
     """
 
@@ -54,8 +54,7 @@ HEADER = ("run", "seeds", "updates", "of plain decay", "samples", "final", "rang
 
 def make_table(groups: Sequence[Group], metric: str | None) -> list[Row]:
     """A row for each group, in order."""
-    baseline = next((group for group in groups if is_baseline(group)), None)
-    return [_row(group, baseline, metric) for group in groups]
+    return [_row(group, baseline_of(group, groups), metric) for group in groups]
 
 
 def cells(row: Row) -> tuple[str, ...]:

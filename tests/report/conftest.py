@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,18 @@ MILESTONES = (0, 12, 24, 30)
 MakeRun = Callable[..., Path]
 
 
-def write_run(path: Path, strategy: str, seed: int, *, name: str = "synthetic", finished: bool = True) -> Path:
-    """Write a run of 30 epochs with milestones at 12 and 24."""
+def write_run(
+    path: Path,
+    strategy: str,
+    seed: int,
+    *,
+    name: str = "synthetic",
+    finished: bool = True,
+    settings: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a run of 30 epochs with milestones at 12 and 24; `settings` are further fields of its job."""
     random = np.random.default_rng([seed, len(strategy)])
-    job = {"name": name, "seed": seed, "schedule": {"strategy": strategy}}
+    job = {"name": name, "seed": seed, "schedule": {"strategy": strategy}, **(settings or {})}
     position = update = 0
     level, accuracy = 2.3, 0.1
     with RunDirectory.create(path, job) as run:

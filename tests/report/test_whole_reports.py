@@ -13,6 +13,8 @@ from PIL import Image
 
 from elastic_batch.errors import ElasticBatchError, UnknownName
 from elastic_batch.report import Report, figures, write_report
+from elastic_batch.report.runs import group_runs, load_run
+from elastic_batch.report.table import make_table
 from elastic_batch.rundir import RunDirectory, read_metrics
 
 MakeRun = Callable[..., Path]
@@ -80,6 +82,39 @@ def test_another_metric_may_be_asked_for(nine_runs: Path, tmp_path: Path, monkey
     assert report.rows[0].metric == "loss"
     with pytest.raises(UnknownName, match="Did you mean 'accuracy'"):
         write_report([nine_runs / "hybrid-1"], tmp_path, metric="acuracy")
+
+
+@pytest.mark.parametrize(
+    ("metric", "picture"),
+    [
+        ("loss", "evaluation-loss"),
+        ("Noise", "evaluation-Noise"),
+        ("top1.5", "top1-5"),
+        ("test/averaged accuracy", "test-averaged-accuracy"),
+    ],
+)
+def test_the_picture_of_a_metric_takes_no_others_place(
+    metric: str, picture: str, make_run: MakeRun, tmp_path: Path
+) -> None:
+    path = make_run(tmp_path / "run", "hybrid", 1)
+    log = path / "metrics.jsonl"
+    log.write_text(log.read_text().replace('"metrics": {"accuracy"', f'"metrics": {{"{metric}"'))
+    report = write_report([path], tmp_path / "report", metric=metric)
+    pictures = {"schedule", "noise", "loss", picture, "overview"}
+    assert {file.name for file in report.files if file.suffix == ".png"} == {f"{name}.png" for name in pictures}
+    assert {file.name for file in (tmp_path / "report").iterdir()} == {file.name for file in report.files}
+
+
+def test_each_run_is_compared_with_the_plain_decay_of_its_own_job(make_run: MakeRun, tmp_path: Path) -> None:
+    settings = {job: {"data": {"name": job}} for job in ("digits", "fashion-mnist")}
+    paths = [
+        make_run(tmp_path / "a", "decay-lr", 1, name="digits", settings=settings["digits"]),
+        make_run(tmp_path / "b", "hybrid", 1, name="digits", settings=settings["digits"]),
+        make_run(tmp_path / "c", "grow-batch", 1, name="fashion-mnist", settings=settings["fashion-mnist"]),
+    ]
+    _, hybrid, grow = make_table(group_runs([load_run(path) for path in paths]), "accuracy")
+    assert hybrid.difference is not None
+    assert (grow.difference, grow.baseline_updates) == (None, 3000)
 
 
 def test_without_matplotlib_the_error_names_the_extra(
