@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,17 +53,15 @@ def settle_width(
         loss_fn: None where the user's own loop runs the passes.
         machinery: Runs passes.
     """
-    wanted = options.micro_batches_per_pass
-    obstacle = obstacle_to_fusing(model, options.micro_batch_size)
-    if obstacle is None and wanted == "auto" and options.deterministic:
-        obstacle = "what is fastest may differ from run to run, and with it the rounding"
-    if obstacle is None and wanted == "auto" and loss_fn is None:
-        obstacle = "they are only measured where the trainer owns the step"
-    if obstacle is not None:
-        logger.info("passes have one micro-batch, because %s", obstacle)
-        return 1
-    if wanted != "auto":
-        return wanted
+    known = width_without_measuring(
+        options.micro_batches_per_pass,
+        model,
+        options.micro_batch_size,
+        deterministic=options.deterministic,
+        owns_step=loss_fn is not None,
+    )
+    if known is not None:
+        return known
     assert loss_fn is not None
     most = schedule.max_global_batch_size // options.micro_batch_size
     widest = len(share(most, machinery.engine.size, 0))
@@ -85,6 +84,34 @@ def settle_width(
         return choose_width(run_pass, widest, machinery.device)
 
 
+def width_without_measuring(
+    wanted: int | Literal["auto"],
+    model: nn.Module,
+    micro_batch_size: int,
+    *,
+    deterministic: bool,
+    owns_step: bool = True,
+) -> int | None:
+    """The width that is asked for or the only one allowed; None: the fastest is to be found by measuring.
+
+    Args:
+        wanted: What was asked for.
+        model: As it is called: compiled, if so.
+        micro_batch_size: In samples.
+        deterministic: Whether runs are to be equal to the bit.
+        owns_step: Whether passes can be run without the user's own loop.
+    """
+    obstacle = obstacle_to_fusing(model, micro_batch_size)
+    if obstacle is None and wanted == "auto" and deterministic:
+        obstacle = "what is fastest may differ from run to run, and with it the rounding"
+    if obstacle is None and wanted == "auto" and not owns_step:
+        obstacle = "they are only measured where the trainer owns the step"
+    if obstacle is not None:
+        logger.info("passes have one micro-batch, because %s", obstacle)
+        return 1
+    return None if wanted == "auto" else wanted
+
+
 def choose_width(
     run_pass: Callable[[int], None],
     widest: int,
@@ -101,10 +128,23 @@ def choose_width(
         device: What to wait for when taking times.
         clock: Seconds.
     """
-    best, best_seconds = 1, _seconds_for_each(run_pass, 1, device, clock)
-    for width in _powers_of_two(widest):
+    seconds = measure_widths(partial(_seconds_of_pass, run_pass, device=device, clock=clock), powers_of_two(widest))
+    best = fastest(seconds)
+    logger.info("micro-batches of a pass: %d (%.3g s for each)", best, seconds[best] / best)
+    return best
+
+
+def measure_widths(measure: Callable[[int], float], widths: Iterable[int]) -> dict[int, float]:
+    """Seconds of passes by width, until one does not fit in memory or cannot be one batch.
+
+    Args:
+        measure: Gives the seconds of a pass of a width.
+        widths: What to try besides 1, ascending.
+    """
+    seconds = {1: measure(1)}
+    for width in widths:
         try:
-            seconds = _seconds_for_each(run_pass, width, device, clock)
+            seconds[width] = measure(width)
         except CannotFuse as error:
             logger.info("passes have one micro-batch: %s", error)
             break
@@ -112,23 +152,37 @@ def choose_width(
             if not is_out_of_memory(error):
                 raise
             break
-        if seconds * _LEAST_GAIN < best_seconds:
-            best, best_seconds = width, seconds
-    logger.info("micro-batches of a pass: %d (%.3g s for each)", best, best_seconds)
+    return seconds
+
+
+def fastest(pass_seconds: Mapping[int, float]) -> int:
+    """The width with the fewest seconds for each micro-batch; a wider pass must gain enough to be worth its memory.
+
+    Args:
+        pass_seconds: Width -> seconds of a pass, ascending from 1.
+
+    >>> fastest({1: 1.0, 2: 1.98, 4: 2.0})
+    4
+    """
+    best = 1
+    for width, seconds in pass_seconds.items():
+        if seconds / width * _LEAST_GAIN < pass_seconds[best] / best:
+            best = width
     return best
 
 
-def _powers_of_two(widest: int) -> Iterator[int]:
+def powers_of_two(widest: int) -> Iterator[int]:
+    """2, 4, 8, ... up to `widest`."""
     width = 2
     while width <= widest:
         yield width
         width *= 2
 
 
-def _seconds_for_each(
+def _seconds_of_pass(
     run_pass: Callable[[int], None], width: int, device: torch.device, clock: Callable[[], float]
 ) -> float:
-    """Median seconds of a pass, divided by its micro-batches; the first one, with its allocations, is not counted."""
+    """Median seconds of a pass; the first one, with its allocations, is not counted."""
     run_pass(width)
     times = []
     for _ in range(_REPETITIONS):
@@ -137,7 +191,7 @@ def _seconds_for_each(
         run_pass(width)
         _synchronize(device)
         times.append(clock() - start)
-    return median(times) / width
+    return median(times)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import takewhile
 from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.data import default_collate
+from torch.utils.data import TensorDataset
 
-from elastic_batch.ghost import convert_batch_norm
+from elastic_batch.data import BatchSource, CannotFuse, PassRequest, count_samples, open_source
+from elastic_batch.ghost import RunningStatistics, convert_batch_norm
 from elastic_batch.job import Job
+from elastic_batch.stream import SampleStream
+from elastic_batch.trainer.assembly import make_deterministic
+from elastic_batch.trainer.passes import fastest, measure_widths, powers_of_two, width_without_measuring
+from elastic_batch.trainer.precision import autocast
+from elastic_batch.trainer.stochastic import PassRandomness
+from elastic_batch.workloads.augmentation import LayoutTransform
 from elastic_batch.workloads.catalog import DATA_SETS
+from elastic_batch.workloads.data_sets import DataSets
 from elastic_batch.workloads.data_target import load_data_target
 from elastic_batch.workloads.devices import choose_device
-from elastic_batch.workloads.losses import LossFunction, build_loss
+from elastic_batch.workloads.losses import build_loss
 from elastic_batch.workloads.networks import build_model
 from elastic_batch.workloads.optimizers import build_optimizer
 from elastic_batch.workloads.step_times import StepTimes
 
-_WIDTHS = (1, 2, 4, 8, 16)
 _SECONDS_PER_WIDTH = 2.0
 _LEAST_REPETITIONS = 3
 _SECONDS_IN_ALL = 30.0
@@ -31,7 +38,7 @@ _SECONDS_IN_ALL = 30.0
 
 
 def measure_steps(job: Job, *, max_width: int) -> StepTimes:
-    """Time forward and backward passes of several widths, and the optimizer's step.
+    """Time forward and backward passes of the widths that training would try, and the optimizer's step.
 
     Args:
         job: Which model, on what data; random images stand for a built-in data set.
@@ -43,58 +50,83 @@ def measure_steps(job: Job, *, max_width: int) -> StepTimes:
     device = choose_device(job.device, {})
     if job.num_threads is not None:
         torch.set_num_threads(job.num_threads)
-    facts = DATA_SETS.get(job.data.name or "")
+    if job.deterministic:
+        make_deterministic()
     torch.manual_seed(job.seed)
-    model = build_model(job.model, facts).to(device)
-    convert_batch_norm(model, job.ghost_batch_size or job.micro_batch_size)
-    model.train()
-    loss_fn, optimizer = build_loss(job.loss), build_optimizer(job.optimizer, model)
-    seconds: dict[int, float] = {}
+    worker = _Worker(job, device)
+    known = width_without_measuring(
+        job.micro_batches_per_pass, worker.model, job.micro_batch_size, deterministic=job.deterministic
+    )
+    seconds = measure_widths(lambda width: _time(worker.prepare(width), device), _widths(known, max_width))
+    return StepTimes(
+        device=_describe(device),
+        pass_seconds=seconds,
+        step_seconds=_time(worker.optimizer.step, device),
+        width=fastest(seconds) if known is None else max(seconds),
+    )
+
+
+def _widths(known: int | None, max_width: int) -> Iterable[int]:
+    """What to measure besides single micro-batches."""
+    if known is not None:
+        return [known] if 1 < known <= max_width else []
     end = time.perf_counter() + _SECONDS_IN_ALL
-    for width in _WIDTHS:
-        if width > 1 and time.perf_counter() > end:
-            break
-        batch = _make_batch(job, width * job.micro_batch_size, device)
-        run_pass = partial(_run_pass, job, model, loss_fn, batch)
-        if width > max_width or (width > 1 and _draws_at_random(model, loss_fn, batch)):
-            break
-        try:
-            seconds[width] = _time(run_pass, device)
-        except torch.cuda.OutOfMemoryError:
-            if width == 1:
-                raise
-            break
-    return StepTimes(device=_describe(device), pass_seconds=seconds, step_seconds=_time(optimizer.step, device))
+    return takewhile(lambda _: time.perf_counter() < end, powers_of_two(max_width))
 
 
-def _make_batch(job: Job, num_samples: int, device: torch.device) -> Any:
-    facts = DATA_SETS.get(job.data.name or "")
-    if facts is None:
-        data = load_data_target(job.data).training
-        length = len(data)  # type: ignore[arg-type] # map-style: it was checked for a length
-        batch = default_collate([data[index % length] for index in range(num_samples)])
-        return [part.to(device) for part in batch]
+class _Worker:
+    """What a worker would train with, made as the trainer makes it, and its passes."""
+
+    def __init__(self, job: Job, device: torch.device) -> None:
+        self._job, self._device = job, device
+        layout = torch.channels_last if job.memory_format == "channels_last" else torch.contiguous_format
+        self.model = build_model(job.model, DATA_SETS.get(job.data.name or ""))
+        self.model.to(device=device, memory_format=layout)  # type: ignore[call-overload] # torch types one of the two
+        convert_batch_norm(self.model, job.ghost_batch_size or job.micro_batch_size)
+        if job.compile:
+            self.model.compile()
+        self.model.train()
+        self.optimizer = build_optimizer(job.optimizer, self.model)
+        self._loss_fn = build_loss(job.loss)
+        self._source = _open_source(job, device, layout)
+        self._statistics = RunningStatistics(self.model)
+        self._randomness = PassRandomness(self.model)
+
+    def prepare(self, width: int) -> Callable[[], None]:
+        """Load the batch of a pass; what is returned runs forward and backward."""
+        self._source.start(iter([PassRequest(0, width)]))
+        return partial(self._run, self._source.next(), width)
+
+    def _run(self, batch: Any, width: int) -> None:
+        self._statistics.begin()
+        self._statistics.samples_per_pass = width * self._job.micro_batch_size
+        with self._randomness.over(list(range(width)), self._device) as draws:
+            with autocast(self._job.precision, self._device):
+                loss = self._loss_fn(self.model, batch)
+            if reason := draws.stray():
+                raise CannotFuse(0, [], reason)
+            (loss[0] if isinstance(loss, tuple) else loss).backward()
+
+
+def _open_source(job: Job, device: torch.device, layout: torch.memory_format) -> BatchSource:
+    data = _random_images(job) if job.data.target is None else load_data_target(job.data)
+    transform = data.training_transform
+    return open_source(
+        data.training,
+        stream=SampleStream(count_samples(data.training, "data.target"), job.seed),
+        micro_batch_size=job.micro_batch_size,
+        device=device,
+        batch_transform=transform if layout is torch.contiguous_format else LayoutTransform(layout, transform),
+    )
+
+
+def _random_images(job: Job) -> DataSets:
+    facts = DATA_SETS[job.data.name or ""]
     channels, height, width = facts.image_shape
     if job.data.image_size is not None:
         height = width = job.data.image_size
-    layout = torch.channels_last if job.memory_format == "channels_last" else torch.contiguous_format
-    images = torch.randn(num_samples, channels, height, width, device=device).to(memory_format=layout)
-    return [images, torch.randint(facts.num_classes, (num_samples,), device=device)]
-
-
-def _run_pass(job: Job, model: nn.Module, loss_fn: LossFunction, batch: Any) -> None:
-    number_format = torch.bfloat16 if job.precision == "bf16" else torch.float16
-    with torch.autocast(batch[0].device.type, number_format, enabled=job.precision != "float32"):
-        loss = loss_fn(model, batch)
-    (loss[0] if isinstance(loss, tuple) else loss).backward()
-
-
-def _draws_at_random(model: nn.Module, loss_fn: LossFunction, batch: Any) -> bool:
-    """Whether a forward moves the random generator; then micro-batches are not run as one pass."""
-    before = torch.get_rng_state()
-    with torch.no_grad():
-        loss_fn(model, batch)
-    return not torch.equal(before, torch.get_rng_state())
+    images = torch.randn(job.micro_batch_size, channels, height, width)
+    return DataSets(training=TensorDataset(images, torch.randint(facts.num_classes, (job.micro_batch_size,))))
 
 
 def _time(function: Callable[[], Any], device: torch.device) -> float:

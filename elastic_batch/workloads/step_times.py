@@ -16,21 +16,18 @@ class StepTimes:
         device: On what, in words.
         pass_seconds: Width (micro-batches of a pass) -> seconds of one forward and backward pass.
         step_seconds: Seconds of an update beyond its passes: the optimizer's step.
+        width: Of the passes that a worker runs as long as it has so many micro-batches left; then single ones.
     """
 
     device: str
     pass_seconds: Mapping[int, float]
     step_seconds: float
-
-    @property
-    def width(self) -> int:
-        """The width with the fewest seconds per micro-batch."""
-        return min(self.pass_seconds, key=lambda width: self.pass_seconds[width] / width)
+    width: int
 
     def update_seconds(self, num_micro_batches: int) -> float:
         """Seconds in which a worker runs its share: as many wide passes as fit, then single ones, then the step.
 
-        >>> StepTimes(device="cpu", pass_seconds={1: 2.0, 4: 5.0}, step_seconds=1.0).update_seconds(6)
+        >>> StepTimes(device="cpu", pass_seconds={1: 2.0, 4: 5.0}, step_seconds=1.0, width=4).update_seconds(6)
         10.0
         """
         wide, single = divmod(num_micro_batches, self.width)

@@ -6,6 +6,7 @@ import pytest
 
 from elastic_batch.cli.plan_text import print_plan
 from elastic_batch.job import load_job
+from elastic_batch.trainer.passes import fastest
 from elastic_batch.workloads.planning import plan_job
 from elastic_batch.workloads.recipe_book import find_job_file
 from elastic_batch.workloads.step_times import StepTimes
@@ -13,7 +14,8 @@ from elastic_batch.workloads.step_times import StepTimes
 
 def shown(capsys: pytest.CaptureFixture[str], pass_seconds: dict[int, float], step_seconds: float) -> str:
     planned = plan_job(load_job(find_job_file("digits")))
-    times = StepTimes(device="a test", pass_seconds=pass_seconds, step_seconds=step_seconds)
+    width = fastest(pass_seconds)
+    times = StepTimes(device="a test", pass_seconds=pass_seconds, step_seconds=step_seconds, width=width)
     print_plan(planned, [1, 4], times)
     return capsys.readouterr().out
 
