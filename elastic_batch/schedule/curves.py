@@ -1,14 +1,15 @@
 """Learning-rate curves over the position: each rises, falls or stays, and never turns.
 
-`value(position)` is the learning rate; `until(position)` the first position at which it may differ from that.
+`value(position)` is the learning rate; `until(position)` the first position at which it may differ from that;
+`before(position)` a curve that is equal wherever this one is, up to there.
 """
 
 from __future__ import annotations
 
 import math
 from array import array
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 
 class Curve(Protocol):
@@ -17,6 +18,17 @@ class Curve(Protocol):
     def value(self, position: int) -> float: ...
 
     def until(self, position: int) -> float: ...
+
+    def before(self, position: int) -> Curve: ...
+
+
+class _Formula:
+    """A curve that is another one as a whole."""
+
+    __slots__ = ()
+
+    def before(self, position: int) -> Self:
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +41,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Constant:
+class Constant(_Formula):
     """The same learning rate throughout."""
 
     learning_rate: float
@@ -42,7 +54,7 @@ class Constant:
 
 
 @dataclass(frozen=True, slots=True)
-class _Continuous:
+class _Continuous(_Formula):
     start: int
     stop: int
     first: float
@@ -75,7 +87,7 @@ class Cosine(_Continuous):
 
 
 @dataclass(frozen=True, slots=True)
-class Exponential:
+class Exponential(_Formula):
     """Multiplied by `gamma` every `period` samples, evenly."""
 
     start: int
@@ -91,7 +103,7 @@ class Exponential:
 
 
 @dataclass(frozen=True, slots=True)
-class InverseSquareRoot:
+class InverseSquareRoot(_Formula):
     """first / sqrt(1 + (position - start) / timescale)."""
 
     start: int
@@ -119,6 +131,9 @@ class Table:
 
     def until(self, position: int) -> float:
         return self.begin(self._entry(position) + 1)
+
+    def before(self, position: int) -> Table:
+        return replace(self, entries=self.entries[: self._entry(position - 1) + 1])
 
     def begin(self, entry: int) -> int:
         """Give the first position at which an entry holds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -97,6 +98,19 @@ class Schedule:
             global_batch_size=values.global_batch_size,
             form=self.noise_form,
         )
+
+    def digest(self, position: int) -> str:
+        """Make a short text that is another one wherever anything before a position is; what comes later leaves it.
+
+        Args:
+            position: 0 <= position <= end.
+        """
+        rules = [
+            (phase.start, phase.curve.before(min(position, phase.stop)), phase.batch, phase.momentum)
+            for phase in self.phases
+            if phase.start < position
+        ]
+        return hashlib.sha256(repr(rules).encode()).hexdigest()[:16]
 
     def updates_of_equal_batch(self, position: int) -> int:
         """Count the updates from `position` on that have the same phase and global batch, in logarithmic time."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from elastic_batch.data import BatchSource, count_samples, open_source
@@ -20,6 +18,7 @@ from elastic_batch.noise import NoiseScaleEstimator
 from elastic_batch.schedule import Schedule
 from elastic_batch.stream import SampleStream
 from elastic_batch.trainer.options import TrainerOptions
+from elastic_batch.trainer.steering import SteeredOptimizer
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +90,7 @@ def make_estimator(options: TrainerOptions, schedule: Schedule) -> NoiseScaleEst
     return NoiseScaleEstimator(options.noise_horizon or default_horizon)
 
 
-def fingerprint(options: TrainerOptions, schedule: Schedule, optimizer: Optimizer) -> dict[str, Any]:
+def fingerprint(options: TrainerOptions, schedule: Schedule, optimizer: SteeredOptimizer) -> dict[str, Any]:
     """What alters the trajectory, in plain values."""
     settings = (
         "micro_batch_size",
@@ -104,23 +103,23 @@ def fingerprint(options: TrainerOptions, schedule: Schedule, optimizer: Optimize
     )
     groups = [
         {name: value for name, value in group.items() if name not in ("params", "lr") and _is_plain(value)}
-        for group in optimizer.param_groups
+        for group in optimizer.optimizer.param_groups
     ]
+    for group, ratio in zip(groups, optimizer.ratios, strict=True):
+        group |= {"learning_rate_ratio": ratio} if ratio != 1 else {}
     return {
-        "schedule": {"rule": schedule.rule, "learning_rate": schedule.base_learning_rate, "phases": _digest(schedule)},
+        "schedule": {
+            "rule": schedule.rule,
+            "learning_rate": schedule.base_learning_rate,
+            "so_far": schedule.digest(schedule.end),
+        },
         "end": schedule.end,
         "num_samples": schedule.num_samples,
-        "optimizer": {"name": type(optimizer).__name__, "groups": groups},
+        "optimizer": {"name": type(optimizer.optimizer).__name__, "groups": groups},
         "ghost_batch_size": options.ghost_batch_size or options.micro_batch_size,
         **{name: getattr(options, name) for name in settings},
         **({"job": options.trajectory} if options.trajectory else {}),
     }
-
-
-def _digest(schedule: Schedule) -> str:
-    """A digest of the phases that does not change when the last one is made longer."""
-    rules = [(phase.start, phase.curve, phase.batch, phase.momentum) for phase in schedule.phases]
-    return hashlib.sha256(repr(rules).encode()).hexdigest()[:16]
 
 
 def _is_plain(value: object) -> bool:

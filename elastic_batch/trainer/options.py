@@ -8,6 +8,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from elastic_batch.errors import InvalidSetting, UnknownName
+from elastic_batch.schedule import Duration
 from elastic_batch.trainer.precision import Precision
 
 if TYPE_CHECKING:
@@ -52,6 +53,10 @@ class TrainerOptions:
     on_non_finite: Literal["stop", "skip"] = "stop"
     """What a loss or gradient that is not finite does: end the run with an error, or drop the update on every
     worker."""
+    momentum: float | None = None
+    """What the noise scale takes for momentum, from 0 to below 1. None: the optimizer's own, 0 where it has none."""
+    adaptive_optimizer: bool | None = None
+    """Whether steps are divided by a running second moment: conversion rules differ. None: so in the Adam family."""
     momentum_correction: bool = True
     """Scale SGD's velocity when the momentum changes, so that the averaged gradient is kept."""
     deterministic: bool = False
@@ -107,6 +112,11 @@ class TrainerOptions:
         _require("on_non_finite", self.on_non_finite, self.on_non_finite in ("stop", "skip"), "must be stop or skip")
         norm = self.max_grad_norm
         _require("max_grad_norm", norm, norm is None or norm > 0, "must be above 0, or None not to clip")
+        every = self.checkpoint_every
+        is_length = every is None or Duration.parse(every, "checkpoint_every").amount > 0
+        _require("checkpoint_every", every, is_length, "must be above 0, or None for one at the end")
+        momentum = self.momentum
+        _require("momentum", momentum, momentum is None or 0 <= momentum < 1, "must be from 0 to below 1")
         width = self.micro_batches_per_pass
         is_width = width == "auto" or (isinstance(width, int) and width >= 1)
         _require("micro_batches_per_pass", width, is_width, "must be a whole number from 1 on, or auto")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -15,17 +16,19 @@ from typing import Any
 
 from elastic_batch.checkpoint import Checkpoint, CheckpointInfo, CheckpointStore, Manifest, check_fingerprint
 from elastic_batch.engines import Engine
-from elastic_batch.errors import RunDirectoryMissing
+from elastic_batch.errors import ElasticBatchError, RunDirectoryMissing
 from elastic_batch.failpoints import reach
 from elastic_batch.noise import NoiseScaleEstimator
 from elastic_batch.rundir import Commit, Hold, read_run_id
 from elastic_batch.schedule import Duration, Schedule, walk
 from elastic_batch.strict_json import to_json
 from elastic_batch.trainer.options import TrainerOptions
-from elastic_batch.trainer.outlets import Outlets, Report
+from elastic_batch.trainer.outlets import Outlets, Report, complete_ledger
 from elastic_batch.trainer.progress import Progress
-from elastic_batch.trainer.saving import Saver
+from elastic_batch.trainer.saving import Saver, save_unless_saved
 from elastic_batch.trainer.update import Update
+
+logger = logging.getLogger(__name__)
 
 Collect = Callable[[], dict[str, Any]]
 
@@ -51,6 +54,7 @@ class Recorder:
         self._options = options
         self._schedule = schedule
         self.fingerprint = fingerprint
+        self._is_alone = False
         self._hold: Hold | None = None
         self._outlets: Outlets | None = None
         self._saver: Saver | None = None
@@ -108,13 +112,23 @@ class Recorder:
         self._commits.extend(Commit(*commit) for commit in json.loads(commits))
         self._owes = True
 
-    def hold(self) -> None:
-        """Keep other processes out of the run directory, if there is one; elastic worlds have a coordinator for that.
+    def newest_writer(self) -> int:
+        """The newest generation that has written checkpoints of this run; -1: none.
 
         Raises:
-            RunDirectoryBusy: Another process has it.
+            OSError: It cannot be read.
+        """
+        location = self.checkpoint_location
+        return -1 if location is None else CheckpointStore(location).newest_generation()
+
+    def claim(self) -> None:
+        """Have the run for this world alone: there is no coordinator that keeps others out and numbers worlds.
+
+        Raises:
+            RunDirectoryBusy: Another process has the run directory.
             OSError: It cannot be written to.
         """
+        self._is_alone = True
         if self._hold is None and self._options.run_dir is not None:
             self._hold = Hold(Path(self._options.run_dir))
 
@@ -127,7 +141,8 @@ class Recorder:
         """
         manifest = checkpoint.manifest
         where = self.checkpoint_location or f"checkpoint {manifest.name}"
-        check_fingerprint(manifest.fingerprint, self.fingerprint, where=where, position=manifest.position)
+        current = self._fingerprint_at(manifest.position)
+        check_fingerprint(manifest.fingerprint, current, where=where, position=manifest.position)
         self._resumed_from = manifest
         self._known_checkpoint = manifest.name
 
@@ -162,10 +177,12 @@ class Recorder:
         self._outlets = outlets = Outlets(self._options, goes_on=not is_new, report=self.report)
         self._owes = True
         if progress.num_updates:
-            outlets.metrics.resume(update=progress.num_updates, position=progress.position)
+            outlets.metrics.resume(progress.position)
         if (found := self._resumed_from) is not None:
             outlets.checkpoint_found(found)
         if (location := self.checkpoint_location) is not None:
+            if self._is_alone:
+                generation = self.newest_writer() + 1
             store = CheckpointStore(location, keep=self._options.keep, generation=generation)
             self._saver = Saver(store, self._checkpoint_interval(), outlets.checkpoint_events)
 
@@ -262,6 +279,31 @@ class Recorder:
         self._summarize()
         self._outlets.sync()
 
+    def save_alone(self, collect: Collect, position: int, num_updates: int, ended: Engine, *, broken: bool) -> None:
+        """Save the state of a worker that ends because there is no next world for it; the lead does so in `finish`.
+
+        It may be the last one that has the state: the others were lost, or left it to this one. If it is not, no harm
+        is done. Whatever goes wrong is logged: the worker ends in any case.
+
+        Args:
+            collect: Gives the state.
+            position: Samples committed.
+            num_updates: Updates committed.
+            ended: The world that this worker was in last.
+            broken: Whether it broke: its lead may have been killed, and then it owes the ledger its last lines.
+        """
+        if self._outlets is not None or (location := self.checkpoint_location) is None:
+            return
+        store = CheckpointStore(location, keep=self._options.keep, generation=ended.generation)
+        info = CheckpointInfo(position=position, update=num_updates, fingerprint=self._fingerprint_at(position))
+        try:
+            if broken and self._options.run_dir is not None:
+                complete_ledger(self._options, self._commits)
+            if (manifest := save_unless_saved(store, collect, info, turn=ended.rank)) is not None:
+                logger.info("saved checkpoint %s: this worker may be the last one", manifest.name)
+        except (ElasticBatchError, OSError) as error:
+            logger.error("the state of update %d could not be saved: %s", num_updates, error)
+
     def close(self) -> None:
         """Write what waits and close everything."""
         with ExitStack() as ending:
@@ -279,9 +321,15 @@ class Recorder:
         assert self._outlets is not None
         reach("checkpoint.start")
         started = time.monotonic()
-        info = CheckpointInfo(position=position, update=num_updates, fingerprint=self.fingerprint)
+        info = CheckpointInfo(position=position, update=num_updates, fingerprint=self._fingerprint_at(position))
         if self._saver.save(collect, info):
             self._outlets.happened({"kind": "checkpoint blocked", "seconds": time.monotonic() - started})
+
+    def _fingerprint_at(self, position: int) -> dict[str, Any]:
+        """What alters the trajectory before a position: a run may be prolonged, and what comes later with it."""
+        position = min(position, self._schedule.end)
+        schedule = {**self.fingerprint["schedule"], "so_far": self._schedule.digest(position)}
+        return {**self.fingerprint, "schedule": schedule}
 
     def _checkpoint_interval(self) -> int | None:
         every = self._options.checkpoint_every

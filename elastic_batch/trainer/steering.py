@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -18,41 +19,60 @@ class SteeredOptimizer:
 
     Args:
         optimizer: A torch optimizer without a closure. Parameter groups keep the ratio of their learning rates.
+        momentum: What the noise scale takes for its momentum; None: its own, 0 where it has none.
+        is_adaptive: Whether its steps are divided by a running second moment; None: in the Adam family they are.
         momentum_correction: Scale SGD's velocity by (1 - m_old) / (1 - m_new) when the momentum changes, which keeps
             the averaged gradient (1 - m) v and lets the step follow lr / (1 - m) at once.
 
+    Attributes:
+        base_learning_rate: Of the first parameter group.
+        ratios: Each group's learning rate by the first one's.
+        momentum: What the noise scale takes for momentum at the start.
+        is_adaptive: Whether steps are divided by a running second moment.
+
     Raises:
-        InvalidSetting: The optimizer cannot be steered.
+        InvalidSetting: The optimizer cannot be steered, or has another momentum.
     """
 
-    def __init__(self, optimizer: Optimizer, *, momentum_correction: bool = True) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        momentum: float | None = None,
+        is_adaptive: bool | None = None,
+        momentum_correction: bool = True,
+    ) -> None:
         _refuse_unsuitable(optimizer)
         self.optimizer = optimizer
+        self.momentum = _momentum(optimizer, momentum)
+        self.is_adaptive = _is_of_adam_family(optimizer) if is_adaptive is None else is_adaptive
         self._momentum_correction = momentum_correction
         self._stepping = False
         base = [_number(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
         self.base_learning_rate = base[0]
-        self._ratios = [rate / base[0] if base[0] else 1.0 for rate in base]
+        self.ratios = [rate / base[0] if base[0] else 1.0 for rate in base]
         self._expected = [_number(group["lr"]) for group in optimizer.param_groups]
         self._guard = optimizer.register_step_pre_hook(self._refuse_foreign_step)
         # A worker alone would not notice before its first update of two passes.
         setattr(optimizer, "zero_grad", _refuse_zero_grad)  # noqa: B010 # a method, to a type checker
 
     @property
-    def momentum(self) -> float:
-        """The first group's momentum; 0 where the optimizer has none."""
-        return float(self.optimizer.param_groups[0].get("momentum", 0.0))
-
-    @property
-    def is_adaptive(self) -> bool:
-        """Whether steps are normalised by a second moment (the Adam family)."""
-        return isinstance(self.optimizer, Adam | AdamW) or "betas" in self.optimizer.param_groups[0]
-
-    @property
     def parameters(self) -> list[Parameter]:
         """Every trained parameter once, in the optimizer's order."""
         found = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         return list(dict.fromkeys(parameter for parameter in found if parameter.requires_grad))
+
+    def require_momenta(self, momenta: Collection[float]) -> None:
+        """See that the optimizer can be given every momentum of a schedule.
+
+        Raises:
+            InvalidSetting: It has none that could be set.
+        """
+        others = {momentum for momentum in momenta if momentum != self.momentum}
+        if others and "momentum" not in self.optimizer.param_groups[0]:
+            raise InvalidSetting(
+                "schedule", f"momentum {max(others)}", f"{type(self.optimizer).__name__} has no momentum to be set"
+            )
 
     def check(self) -> None:
         """See that nobody else has changed a learning rate.
@@ -76,7 +96,7 @@ class SteeredOptimizer:
         """Set learning rate and momentum, then step on the parameters' gradients."""
         self._set_momentum(values.momentum)
         for index, group in enumerate(self.optimizer.param_groups):
-            _assign(group, "lr", values.learning_rate * self._ratios[index])
+            _assign(group, "lr", values.learning_rate * self.ratios[index])
             self._expected[index] = _number(group["lr"])
         self._stepping = True
         try:
@@ -114,6 +134,20 @@ class SteeredOptimizer:
             raise MisusedTrainer(
                 "optimizer.step() was called directly; call update.step(), which steps on every worker"
             )
+
+
+def _momentum(optimizer: Optimizer, given: float | None) -> float:
+    own = optimizer.param_groups[0].get("momentum")
+    if given is None:
+        return float(own or 0.0)
+    if own is not None and own != given:
+        remedy = f"Say {own} in both places: the schedule sets the optimizer's momentum"
+        raise InvalidSetting("optimizer.momentum", given, f"must be the optimizer's own, {own}", remedy)
+    return given
+
+
+def _is_of_adam_family(optimizer: Optimizer) -> bool:
+    return isinstance(optimizer, Adam | AdamW) or "betas" in optimizer.param_groups[0]
 
 
 def _refuse_zero_grad(set_to_none: bool = True) -> None:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from elastic_batch.data import count_samples
-from elastic_batch.engines import Engine, Membership, SoloEngine, Standing, open_membership
+from elastic_batch.engines import Engine, Membership, Standing, open_membership
 from elastic_batch.errors import MisusedTrainer, WorldBroken
 from elastic_batch.ghost import RunningStatistics
 from elastic_batch.gradients import GradientSums
@@ -40,7 +40,7 @@ from elastic_batch.trainer.recorder import Recorder
 from elastic_batch.trainer.saving import SavedState, Stateful
 from elastic_batch.trainer.signals import stopping_on_signals
 from elastic_batch.trainer.steering import SteeredOptimizer
-from elastic_batch.trainer.stochastic import PassRandomness
+from elastic_batch.trainer.stochastic import PassRandomness, is_compiled
 from elastic_batch.trainer.update import Update
 from elastic_batch.trainer.worlds import Worlds
 
@@ -90,7 +90,12 @@ class Trainer:
             keep_freed_memory()
         self._loss_fn = loss_fn
         self._train_set = train_set
-        self._optimizer = SteeredOptimizer(optimizer, momentum_correction=self.options.momentum_correction)
+        self._optimizer = SteeredOptimizer(
+            optimizer,
+            momentum=self.options.momentum,
+            is_adaptive=self.options.adaptive_optimizer,
+            momentum_correction=self.options.momentum_correction,
+        )
         convert_norms(self._plain_model, self.options)
         if self.options.compile:
             model.compile()
@@ -104,6 +109,7 @@ class Trainer:
                 tokens_per_sample=self.options.tokens_per_sample,
             )
         )
+        self._optimizer.require_momenta([phase.momentum for phase in self.schedule.phases])
         self._membership = membership
         self._progress = Progress(width=1 if self.options.micro_batches_per_pass == 1 else 0)
         self._standing = Standing()
@@ -111,7 +117,8 @@ class Trainer:
         self._estimator = make_estimator(self.options, self.schedule)
         parts: dict[str, Stateful] = {"optimizer": self._optimizer, "scaler": self._scaler}
         self._state = SavedState(self._plain_model, parts | ({"noise": self._estimator} if self._estimator else {}))
-        self._recorder = Recorder(self.options, self.schedule, fingerprint(self.options, self.schedule, optimizer))
+        what_matters = fingerprint(self.options, self.schedule, self._optimizer)
+        self._recorder = Recorder(self.options, self.schedule, what_matters)
         self._loop: UpdateLoop | None = None
 
     @property
@@ -181,7 +188,7 @@ class Trainer:
         """
         loop = self._begin()
         if not self._progress.width:
-            with stopping_on_signals(loop.on_signal):
+            with stopping_on_signals(loop.on_signal), self._standing.busy():
                 self._progress.width = settle_width(
                     self.options, self.schedule, self.position, self.model, self._loss_fn, loop.machinery
                 )
@@ -221,13 +228,12 @@ class Trainer:
             with autocast(self.options.precision, self._device):
                 return measure(model, batch)
 
-        engine = loop.engine
         while True:
             self._standing.stage = "evaluate"
             try:
                 with self._standing.busy():
                     means = evaluate(
-                        engine,
+                        loop.evaluation_engine,
                         self.model,
                         dataset,
                         under_autocast,
@@ -238,9 +244,7 @@ class Trainer:
                     )
                 break
             except WorldBroken:
-                together = loop.enter_next_world(broken=True, evaluating=True)
-                # Workers that joined meanwhile are at an update: they wait there, so the others evaluate each alone.
-                engine = loop.engine if together else SoloEngine()
+                loop.evaluate_in_next_world()
         self._standing.stage = "user"
         named = {name or name_of(measure): mean for name, mean in means.items()}
         self._recorder.evaluation(named, self.position, self.num_updates)
@@ -311,6 +315,7 @@ class Trainer:
             standing=self._standing,
             state=self._state,
             recorder=self._recorder,
+            compiles=is_compiled(self.model),
         )
         return self._loop
 

@@ -134,6 +134,8 @@ def _trainer_options(job: Job) -> dict[str, Any]:
         "checkpoint_every": str(job.checkpoint.every),
         "checkpoint_location": job.checkpoint.location,
         "keep": job.checkpoint.keep,
+        "momentum": job.optimizer.momentum,
+        "adaptive_optimizer": job.optimizer.adaptive,
         "block_size": job.data.block_size,
         "tokens_per_sample": job.data.tokens_per_sample,
     }

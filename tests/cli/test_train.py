@@ -126,6 +126,29 @@ def test_a_finished_run_can_be_prolonged(tmp_path: Path, capsys: pytest.CaptureF
     assert json.loads(out)["samples"] == 384
 
 
+def test_a_run_of_many_steps_can_be_prolonged_by_more_of_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = "schedule={strategy: convert, global_batch_size: 64, max_duration: 256sp, "
+    steps += "shape: {name: step, every: 64sp, gamma: 0.5}}"
+    width = ("--set", "model.args={width: 2}")
+    arguments = ["--set", steps, *width, "--run-dir", str(tmp_path / "run"), "--json"]
+    train(capsys, *arguments)
+    out, _ = train(capsys, *arguments, "--resume", "auto", "--max-duration", "384sp")
+    assert json.loads(out)["samples"] == 384
+    _, err = train(capsys, *arguments, "--resume", "auto", "--set", steps.replace("64sp,", "96sp,"), code=1)
+    assert "schedule.shape.every: '64sp' there, '96sp' now" in err
+
+
+def test_what_a_job_says_of_its_own_optimizer_holds_in_training_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    optimizer = "optimizer={target: 'torch.optim:RMSprop', args: {alpha: 0.9}, learning_rate: 1e-3, adaptive: true}"
+    run_dir = ("--run-dir", str(tmp_path / "run"))
+    out, _ = train(capsys, *SMALL, *run_dir, "--set", optimizer, "--set", "schedule.rule=sqrt", "--json")
+    assert json.loads(out)["samples"] == 256
+
+
 def test_another_job_is_not_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*SMALL, "--run-dir", str(tmp_path / "run")]
     train(capsys, *arguments)

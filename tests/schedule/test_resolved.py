@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from elastic_batch.errors import InvalidSetting
-from elastic_batch.schedule import ConvertSchedule, Schedule, ScheduleContext, walk
+from elastic_batch.schedule import ConvertSchedule, Schedule, ScheduleContext, from_function, walk
 
 
 def _build(**fields: Any) -> Schedule:
@@ -68,3 +68,40 @@ def test_a_context_out_of_range_is_refused(field: str, value: Any) -> None:
     fields = {"num_samples": 100, "micro_batch_size": 10, "learning_rate": 0.1, field: value}
     with pytest.raises(InvalidSetting, match=f"^{field} = "):
         ScheduleContext(**fields)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"name": "step", "every": "3ep", "gamma": 0.5},
+        {"name": "cosine-restarts", "period": "3ep"},
+        {"name": "exponential", "gamma": 0.8},
+    ],
+    ids=lambda shape: str(shape["name"]),
+)
+def test_a_longer_job_is_the_same_up_to_where_the_shorter_one_was(shape: dict[str, Any]) -> None:
+    shorter, longer = _build(shape=shape, max_duration="8ep"), _build(shape=shape, max_duration="20ep")
+    for position in (0, 1, 29_999, 30_001, 80_000):
+        assert shorter.digest(position) == longer.digest(position)
+
+
+def test_of_a_table_only_what_was_reached_counts() -> None:
+    def build(epochs: int) -> Schedule:
+        spec = from_function(
+            lambda epoch: 1 / (1 + epoch), per="epoch", max_duration=f"{epochs}ep", global_batch_size=64
+        )
+        return spec.build(ScheduleContext(num_samples=10_000, micro_batch_size=16, learning_rate=0.1, momentum=0.9))
+
+    assert build(8).digest(80_000) == build(12).digest(80_000)
+    assert build(8).digest(50_001) != build(8).digest(50_000)
+
+
+def test_whatever_alters_the_past_alters_the_digest() -> None:
+    base = _build(shape="cosine")
+    assert base.digest(50_000) != _build(shape="cosine", max_duration="11ep").digest(50_000)
+    assert base.digest(50_000) != _build(shape="cosine", global_batch_size=128).digest(50_000)
+    late, later = (
+        _build(shape={"name": "multi-step", "milestones": ["2ep", at], "gamma": 0.2}) for at in ("6ep", "7ep")
+    )
+    assert late.digest(60_000) == later.digest(60_000)
+    assert late.digest(60_001) != later.digest(60_001)

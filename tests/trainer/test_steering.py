@@ -126,3 +126,20 @@ def test_parameter_groups_that_come_later_are_refused() -> None:
     optimizer.add_param_group({"params": [_parameter()]})
     with pytest.raises(MisusedTrainer, match="has 2 parameter groups, and had 1"):
         steered.check()
+
+
+def test_what_the_noise_scale_needs_to_know_of_an_optimizer_may_be_said() -> None:
+    adam, rms = torch.optim.Adam([_parameter()]), torch.optim.RMSprop([_parameter()], lr=0.1)
+    assert SteeredOptimizer(adam).is_adaptive
+    assert not SteeredOptimizer(rms).is_adaptive
+    told = SteeredOptimizer(torch.optim.RMSprop([_parameter()]), is_adaptive=True, momentum=0.0)
+    assert told.is_adaptive
+    assert SteeredOptimizer(torch.optim.Adam([_parameter()]), momentum=0.9).momentum == 0.9
+
+
+def test_a_schedule_that_changes_a_momentum_needs_an_optimizer_with_one() -> None:
+    steered = SteeredOptimizer(torch.optim.Adam([_parameter()]), momentum=0.9)
+    steered.require_momenta([0.9])
+    with pytest.raises(InvalidSetting, match=r"momentum 0.98.*Adam has no momentum to be set"):
+        steered.require_momenta([0.9, 0.98])
+    SteeredOptimizer(torch.optim.SGD([_parameter()], lr=0.1)).require_momenta([0.9, 0.98])

@@ -292,6 +292,9 @@ class _Endless(IterableDataset[Any]):
         ({"precision": "fp8"}, "must be float32, bf16 or fp16"),
         ({"max_grad_norm": 0.0}, "must be above 0"),
         ({"resume": "auto"}, "needs a place for checkpoints"),
+        ({"checkpoint_every": "0ep"}, "checkpoint_every = '0ep': must be above 0"),
+        ({"momentum": 0.5}, "optimizer.momentum = 0.5: must be the optimizer's own, 0.9"),
+        ({"momentum": 1.0}, "momentum = 1.0: must be from 0 to below 1"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(change: dict[str, Any], message: str) -> None:
