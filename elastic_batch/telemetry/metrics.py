@@ -82,17 +82,17 @@ class Metrics:
             {"version": VERSION, "torch": _torch_version(), "python": platform.python_version()}
         )
 
-    def resume(self, *, update: int, position: int, repeated: int = 0, skipped: int = 0) -> None:
-        """Start the counters where the run stood, so that a restart looks like a pause.
+    def resume(self, position: int) -> None:
+        """Start at a position. Counters begin at 0: Prometheus adds up what the processes of a run count.
+
+        From the count of a checkpoint that is older than the crash they would fall, but not to 0, and all that was ever
+        counted would be added once more.
 
         Args:
-            update: Updates committed in the state that training goes on from.
-            position: Samples committed in it.
-            repeated: Updates repeated so far.
-            skipped: Updates skipped so far.
+            position: Samples committed in the state that training goes on from.
         """
         self._position = position
-        self.count(updates=update, samples=position, repeated=repeated, skipped=skipped)
+        self.count()
         self._set("position", position)
 
     def update(self, record: Mapping[str, Any]) -> None:
