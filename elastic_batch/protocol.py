@@ -52,9 +52,9 @@ class Hello(Message):
     version: int = VERSION
     package: str
     """Version of this package."""
-    worker: str = Field(min_length=1, max_length=120)
+    worker: str = Field(min_length=1, max_length=300)
     """The process's name for its whole life, the same on each connection."""
-    slot: str = Field(max_length=120)
+    slot: str = Field(max_length=300)
     """What is started again when this worker dies, such as `local-2`; crashes are counted by it."""
     host: str
     address: str
@@ -81,6 +81,8 @@ class Ready(Message):
     """Micro-batches of the update that comes next: more workers than that have nothing to do."""
     job: dict[str, Any] = Field(default_factory=dict)
     """What alters the trajectory; workers of one run have the same."""
+    newest_writer: int = -1
+    """The newest generation that has written checkpoints of this run: worlds to come must be newer. -1: none."""
 
 
 class Entered(Message):

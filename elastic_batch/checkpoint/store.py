@@ -173,23 +173,12 @@ class CheckpointStore:
             )
         return None
 
-    def raise_fence(self) -> None:
-        """Tell every older generation that it may not write here any more.
+    def newest_generation(self) -> int:
+        """The newest generation that wrote here; -1 before the first.
 
         Raises:
-            StaleGeneration: A newer generation has done that already.
+            OSError: It cannot be read.
         """
-        self._refuse_if_stale()
-        if self._newest_generation() < self.generation:
-            self._storage.write(FENCE, f"{self.generation}\n".encode())
-
-    def _refuse_if_stale(self) -> None:
-        newest = self._newest_generation()
-        if newest > self.generation:
-            raise StaleGeneration(self.location, self.generation, newest)
-
-    def _newest_generation(self) -> int:
-        """The newest generation that wrote here; -1 before the first."""
         try:
             return int(self._storage.read(FENCE))
         except FileNotFoundError:
@@ -197,6 +186,26 @@ class CheckpointStore:
         except ValueError:
             logger.warning("the fence in %s is garbled and will be written anew", self.location)
             return -1
+
+    def is_being_saved(self) -> bool:
+        """Whether another process writes a checkpoint here at the moment, as far as can be known."""
+        unfinished = [name for name in self._storage.names() if self._storage.temporary_generation(name) is not None]
+        return any(map(self._storage.is_being_written, unfinished))
+
+    def raise_fence(self) -> None:
+        """Tell every older generation that it may not write here any more.
+
+        Raises:
+            StaleGeneration: A newer generation has done that already.
+        """
+        self._refuse_if_stale()
+        if self.newest_generation() < self.generation:
+            self._storage.write(FENCE, f"{self.generation}\n".encode())
+
+    def _refuse_if_stale(self) -> None:
+        newest = self.newest_generation()
+        if newest > self.generation:
+            raise StaleGeneration(self.location, self.generation, newest)
 
     def _describe(self, payload: Payload, info: CheckpointInfo) -> Manifest:
         return Manifest(

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from elastic_batch.coordinator.events import inside
 from elastic_batch.coordinator.journal import JournalUnusable
 from elastic_batch.coordinator.run import Run
 from elastic_batch.errors import JobDiffers
@@ -17,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 MAX_WORKERS = 20_000
 """Connected at once."""
-_LENGTH = "end"
-"""The field of a job that may change between its worlds."""
+_LENGTH = ("end", "schedule.so_far")
+"""The fields of a job that change with its length. Whether they agree up to a checkpoint is seen when it is read."""
 _ABSENT = "(not set)"
 
 
@@ -59,9 +60,9 @@ def same_job(run: Run, job: dict[str, Any]) -> str | None:
     known = run.job
     if known is not None:
         old, new = _flat(known), _flat(job)
-        if run.state.world is None and not any(worker.ready for worker in run.state.workers.values()):
-            old.pop(_LENGTH, None)
-            old.update({_LENGTH: new[_LENGTH]} if _LENGTH in new else {})
+        is_idle = not inside(run.state) and run.is_out_of_reach
+        if is_idle and not any(worker.ready for worker in run.state.workers.values()):
+            old.update({field: new[field] for field in _LENGTH if field in new})
         differences = {
             field: (old.get(field, _ABSENT), new.get(field, _ABSENT))
             for field in old.keys() | new.keys()

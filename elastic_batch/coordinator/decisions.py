@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Collection
 
 from elastic_batch.coordinator import events, journal
 from elastic_batch.coordinator.decide import AskRegroup, Decision, EndWorld, FormWorld, Wait
@@ -72,11 +73,21 @@ class Decisions:
             self._run.metrics.rescaled(cause, seconds)
             logger.info("generation %d trains with %d workers", world.generation, len(world.members))
 
+    def doubt_the_end(self, gone: Collection[str]) -> None:
+        """Workers are gone without a word. Without the first one's the end of the job may be nowhere on a disk."""
+        state, world = self._run.state, self._run.state.world
+        is_unsaved = state.ended == COMPLETE and not events.lead_is_done(state)
+        if is_unsaved and world is not None and world.members[0] in gone:
+            logger.warning("the lead worker was lost before it had saved the end of the job: the rest is done again")
+            state.ended = None
+
     def end(self, reason: str) -> None:
-        """The run is over: workers outside the world end; those inside know it themselves and are left alone."""
-        run = self._run
-        outside = [name for name in run.connections.names() if not events.is_inside(run.state, name)]
-        run.connections.tell(outside, End(reason=reason))
+        """The run is over: workers that wait for a world end; those in one know it themselves and are left alone."""
+        run, state = self._run, self._run.state
+        waiting = [
+            name for name in run.connections.names() if not events.is_inside(state, name) or state.workers[name].ready
+        ]
+        run.connections.tell(waiting, End(reason=reason))
         self._note_decision("end", reason)
 
     def write_down(self, now: float | None = None) -> None:
@@ -95,7 +106,7 @@ class Decisions:
             logger.error("%s", error)
 
     def _evict(self, now: float, decision: Evict) -> None:
-        run, state, world = self._run, self._run.state, self._run.state.world
+        run, state = self._run, self._run.state
         logger.warning("%s", decision.reason)
         if len(decision.workers) > 1:
             logger.info("given up together: %s", ", ".join(decision.workers))
@@ -110,10 +121,7 @@ class Decisions:
         if inner and not events.inside(state):
             self.rescale.decided(now, "loss")  # nobody is left to be told
         self._note_decision("evict", decision.reason)
-        if state.ended == COMPLETE and world is not None and world.members[0] in decision.workers:
-            # The first worker saves the last state: without its word the end of the job may be nowhere on a disk.
-            logger.warning("the lead worker was lost before it had saved the end of the job: the rest is done again")
-            state.ended = None
+        self.doubt_the_end(decision.workers)
 
     def _doubt(self, now: float, decision: Doubt) -> None:
         run, world = self._run, self._run.state.world

@@ -10,6 +10,8 @@ from elastic_batch.coordinator.config import CoordinatorConfig
 from elastic_batch.errors import InvalidSetting
 
 _WILDCARDS = ("0.0.0.0", "::", "")
+_ANYWHERE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
+"""Of ranges for documentation; nothing is sent there."""
 
 
 def bind(config: CoordinatorConfig, last_port: int) -> socket.socket:
@@ -52,7 +54,8 @@ def allow_many_connections() -> None:
 
 
 def _listen(host: str, port: int, family: socket.AddressFamily) -> socket.socket:
-    listener = socket.create_server((host, port), family=family, backlog=4096)
+    both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
+    listener = socket.create_server((host, port), family=family, backlog=4096, dualstack_ipv6=both)
     # Connections inherit it. asyncio sets it on sockets that name their protocol, which accepted ones here do not; and
     # without it a message that follows another one waits 40 ms for the first one's acknowledgement.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -61,9 +64,8 @@ def _listen(host: str, port: int, family: socket.AddressFamily) -> socket.socket
 
 def _own_address() -> str:
     """The address of the interface that leads out; loopback where none does."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # of a range for documentation; nothing is sent
-        except OSError:
-            return "127.0.0.1"
-        return str(probe.getsockname()[0])
+    for family, anywhere in _ANYWHERE:
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((anywhere, 9))
+            return str(probe.getsockname()[0])
+    return "127.0.0.1"

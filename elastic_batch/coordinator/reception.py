@@ -170,9 +170,13 @@ class Reception:
             return
         if events.is_inside(run.state, name) and ready.broken:
             self._decisions.rescale.noticed(now)
+        if not events.inside(run.state):
+            run.state.generation = max(run.state.generation, ready.newest_writer)
         events.ready(
             run.state, now, name, after=ready.after, broken=ready.broken, num_micro_batches=ready.num_micro_batches
         )
+        if run.is_over:
+            run.connections.tell([name], End(reason=run.state.ended or ""))
 
     def _progress(self, name: str, progress: Progress) -> None:
         state = self._run.state
@@ -195,6 +199,7 @@ class Reception:
         if bye.reason == "failed":
             self._decisions.rescale.noticed(now)
             events.exited(state, now, name, run.membership)
+            self._decisions.doubt_the_end([name])
         else:
             events.left(state, now, name)
         run.connections.remove(name, connection)
@@ -219,7 +224,7 @@ class Reception:
         except ValueError:
             said = None
         if connection.hello is None and isinstance(said, dict) and (reason := speaks_another_version(said)):
-            self._refuse(connection, str(said.get("worker", "?"))[:120], reason)
+            self._refuse(connection, str(said.get("worker", "?"))[:300], reason)
             return
         logger.warning("a message was not understood: %s", str(error).replace("\n", " ")[:300])
         connection.close(BAD_MESSAGE, "a message was not understood")

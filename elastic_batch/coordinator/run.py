@@ -6,10 +6,11 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from elastic_batch.coordinator import events
 from elastic_batch.coordinator.connections import Connections
 from elastic_batch.coordinator.journal import Journal, Member
 from elastic_batch.coordinator.metrics import WorldMetrics
@@ -63,6 +64,22 @@ class Run:
     clock: Callable[[], float] = time.monotonic
     started_at: float = 0.0
     _update_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_MEDIAN_OF))
+
+    @property
+    def rules(self) -> MembershipConfig:
+        """How membership is decided now: for the update after which a run stops, any workers will do."""
+        return self.membership if self.stop_reason is None else replace(self.membership, min_workers=1)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has ended, and its last state is where it belongs."""
+        return self.state.ended is not None and (self.state.ended != COMPLETE or events.lead_is_done(self.state))
+
+    @property
+    def is_out_of_reach(self) -> bool:
+        """Whether nobody is in the last world any more, or all of it has been out of sight for long."""
+        orphaned_at = self.state.orphaned_at
+        return orphaned_at is None or self.clock() - orphaned_at >= self.membership.orphan_grace
 
     def recover(self) -> None:
         """Take up what the journal knows: the newest world counts as running, its workers as about to reconnect."""

@@ -100,6 +100,7 @@ class Service:
         events.exited(state, now, name, self.run.membership)
         self.run.connections.cut(name, 1000, "its process ended")
         self.run.store.forget(name)
+        self._decisions.doubt_the_end([name])
         self._decide_soon()
         return was_known
 
@@ -143,7 +144,7 @@ class Service:
         self._step_is_due = False
         started = self._now()
         for _ in range(_MOST_DECISIONS):
-            decision = decide(self._now(), self.run.state, self.run.membership)
+            decision = decide(self._now(), self.run.state, self.run.rules)
             if not self._decisions.carry_out(self._now(), decision) or isinstance(decision, Wait):
                 break
         else:
@@ -159,28 +160,32 @@ class Service:
             self._over = world.generation
             with contextlib.suppress(JournalUnusable):
                 run.journal.world_is_over(world.generation)
-        if run.stop_reason is not None and state.ended is None and not state.workers and self._is_out_of_reach():
+        if run.stop_reason is not None and state.ended is None and not state.workers and run.is_out_of_reach:
             state.ended = f"stopped: {run.stop_reason}"
+        if state.ended == COMPLETE and self._lead_waits():
+            logger.warning("the lead worker lost the others before it could save the end of the job: it does that now")
+            state.ended = None
+            self._decide_soon()
         if state.ended is None:
             self._ended_at, self._told_end = None, False
             return
         if self._ended_at is None:
             self._ended_at = self._now()
-        lead_is_done = world is None or world.members[0] in world.left
-        if not self._told_end and (state.ended != COMPLETE or lead_is_done):
+        if not self._told_end and run.is_over:
             self._told_end = True
             logger.info("%s", state.ended)
             self._decisions.end(state.ended)
+
+    def _lead_waits(self) -> bool:
+        """Whether the newest world's first worker, which saves the last state, came out of it and wants another."""
+        state = self.run.state
+        lead = state.workers.get(state.world.members[0]) if state.world is not None else None
+        return lead is not None and events.is_inside(state, lead.name) and lead.ready
 
     def _nobody_trains(self) -> bool:
         """Whether certainly no worker is in the newest world any more, seen or unseen."""
         state = self.run.state
         return state.ended is not None or (state.orphaned_at is None and not events.inside(state))
-
-    def _is_out_of_reach(self) -> bool:
-        """Whether nobody is in the last world any more, or all of it has been out of sight for long."""
-        orphaned_at = self.run.state.orphaned_at
-        return orphaned_at is None or self._now() - orphaned_at >= self.run.membership.orphan_grace
 
     def _is_done(self) -> bool:
         if self._ended_at is None or not self._told_end:

@@ -77,6 +77,8 @@ class Standing:
         stage: What the training thread is at.
         busy_seconds: How long the stage may take, at most, without being a stall.
         ended: How this worker's part in the run ended; None: it did not, or with an error.
+        newest_writer: The newest generation that has written checkpoints of this run, as this worker found it when it
+            came; -1: none. Another coordinator, or a fixed world, may have been at work.
     """
 
     update: int = 0
@@ -85,6 +87,7 @@ class Standing:
     stage: Stage = "wait"
     busy_seconds: float = 0.0
     ended: Departure | None = None
+    newest_writer: int = -1
 
     @contextmanager
     def busy(self, seconds: float = LONGEST_STAGE_SECONDS) -> Iterator[None]:

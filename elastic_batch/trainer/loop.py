@@ -5,11 +5,19 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import NoReturn
 
-from elastic_batch.engines import Departure, Engine, Membership, Standing, Wishes
-from elastic_batch.errors import LeftWorld, MisusedTrainer, WorkerFailed, WorkersDiverged, WorldBroken
+from elastic_batch.engines import Departure, Engine, Membership, SoloEngine, Standing, Wishes
+from elastic_batch.errors import (
+    ElasticBatchError,
+    LeftWorld,
+    MisusedTrainer,
+    WorkerFailed,
+    WorkersDiverged,
+    WorldBroken,
+)
 from elastic_batch.failpoints import reach
 from elastic_batch.schedule import Schedule
 from elastic_batch.trainer.agreement import require_same_parameters
@@ -42,6 +50,7 @@ class UpdateLoop:
         standing: What this worker is at; kept up to date here.
         state: What checkpoints hold.
         recorder: The lead worker's records.
+        compiles: Whether the first update in this process takes as long as compiling does.
 
     Attributes:
         machinery: What updates work with.
@@ -59,6 +68,7 @@ class UpdateLoop:
         standing: Standing,
         state: SavedState,
         recorder: Recorder,
+        compiles: bool = False,
     ) -> None:
         self._membership = membership
         self._worlds = worlds
@@ -71,7 +81,9 @@ class UpdateLoop:
         self._recorder = recorder
         self._wished = Wishes()
         self._everybody_left = False  # the run itself was not stopped: it waits for other workers
+        self._compiles = compiles
         self._has_looped = False
+        self._is_astray = False
         self._plan: UpdatePlan | None = None
         self._failed_update: int | None = None
         self._phase_log = PhaseLog(schedule.rule, options.spares)
@@ -80,6 +92,11 @@ class UpdateLoop:
     def engine(self) -> Engine:
         """The world that this worker is in."""
         return self.machinery.engine
+
+    @property
+    def evaluation_engine(self) -> Engine:
+        """With whom this worker evaluates: alone where others are elsewhere in their user's code for all it knows."""
+        return SoloEngine(self.engine.generation) if self._is_astray else self.engine
 
     @property
     def finished(self) -> bool:
@@ -98,7 +115,9 @@ class UpdateLoop:
             try:
                 while not self.finished and progress.stop_reason is None:
                     update = self._open()
-                    yield update
+                    with self._standing.busy() if self._compiles else nullcontext():
+                        yield update
+                    self._compiles = False
                     self._settle(update)
                 self._conclude()
                 concluded = True
@@ -118,6 +137,7 @@ class UpdateLoop:
             self._phase_log.show(plan, self.engine.size)
         self._recorder.begin_update()
         self._standing.stage = "compute"
+        self._is_astray = False
         requests = plan.passes(rank=self.engine.rank, size=self.engine.size, width=self._progress.width)
         return Update(plan, requests, self.machinery, self)
 
@@ -162,8 +182,9 @@ class UpdateLoop:
 
     def on_broken(self, update: Update) -> Header | None:
         """The world broke in an update: enter the next one. Gives the header if the others have committed it."""
-        self.enter_next_world(broken=True)
+        self._enter_next_world(broken=True)
         if self._progress.num_updates > update.index:
+            self._is_astray = True  # who committed it may be further in the user's code
             return self._progress.header
         self._recorder.repeated()
         return None
@@ -180,7 +201,7 @@ class UpdateLoop:
             elif update.outcome in (Outcome.COMMITTED, Outcome.SKIPPED):
                 self._after_commit(update)
         except WorldBroken:
-            self.enter_next_world(broken=True)
+            self._enter_next_world(broken=True)
 
     def _repeat(self, update: Update) -> None:
         """Hear what failed on whom; repeat the update, or stop everywhere with the error."""
@@ -200,6 +221,9 @@ class UpdateLoop:
         self.restart_source()
 
     def _after_commit(self, update: Update) -> None:
+        if self.engine.generation != self._progress.origin:
+            self._checkpoint_if_due(update)
+            return  # the next world knows nothing of what this header agreed on: who wished it says it again
         every = self._options.check_every
         if every and self._progress.num_updates % every == 0:
             try:
@@ -213,15 +237,18 @@ class UpdateLoop:
         elif header.everybody_leaves:
             self._everybody_left = True
             self._progress.stop_reason = "every worker was told to leave"
-        self._recorder.maybe_checkpoint(
-            self._state.collect, update.plan.start, self._progress.position, self._progress.num_updates
-        )
+        self._checkpoint_if_due(update)
         if self._progress.stop_reason is not None or self.finished:
             return
         if header.num_leaving and self._wished.leave:
             self._depart()
         if header.num_leaving or header.regroup:
-            self.enter_next_world(broken=False)
+            self._enter_next_world(broken=False)
+
+    def _checkpoint_if_due(self, update: Update) -> None:
+        self._recorder.maybe_checkpoint(
+            self._state.collect, update.plan.start, self._progress.position, self._progress.num_updates
+        )
 
     def _depart(self) -> None:
         """Leave the world at this boundary; the others go on."""
@@ -243,7 +270,7 @@ class UpdateLoop:
                 self._record_end()
                 exchange(self.engine, None, self.machinery.device)
             except WorldBroken:
-                self.enter_next_world(broken=True)
+                self._enter_next_world(broken=True)
             else:
                 break
         stopped: Departure = "left" if self._everybody_left else "stopped"
@@ -253,11 +280,29 @@ class UpdateLoop:
         collect = self._state.collect if self.machinery.is_whole else None
         self._recorder.finish(collect, self._progress.position, self._progress.num_updates, self._progress.stop_reason)
 
-    def enter_next_world(self, *, broken: bool, evaluating: bool = False) -> bool:
+    def evaluate_in_next_world(self) -> None:
+        """The world broke in an evaluation: enter the next one, and evaluate with it if all its workers are at it."""
+        # Workers that joined meanwhile are at an update: they wait there, so the others evaluate each alone.
+        self._is_astray |= not self._enter_next_world(broken=True, evaluating=True)
+
+    def _enter_next_world(self, *, broken: bool, evaluating: bool = False) -> bool:
         """Enter the next world. Returns whether all its workers are evaluating."""
-        self.machinery.engine, together = self._worlds.next(self.engine, broken=broken, evaluating=evaluating)
+        ended = self.engine
+        try:
+            self.machinery.engine, together = self._worlds.next(ended, broken=broken, evaluating=evaluating)
+        except (ElasticBatchError, LeftWorld) as error:
+            self._save_alone(ended, error, broken=broken)
+            raise
         self.restart_source()
         return together
+
+    def _save_alone(self, ended: Engine, error: ElasticBatchError | LeftWorld, *, broken: bool) -> None:
+        """There is no next world for this worker: see that its state outlives it, as far as that is not seen to."""
+        progress = self._progress
+        is_complete = isinstance(error, LeftWorld) and error.code == 0
+        if self._membership.is_elastic and self.machinery.is_whole and progress.origin >= 0 and not is_complete:
+            position, num_updates = progress.position, progress.num_updates
+            self._recorder.save_alone(self._state.collect, position, num_updates, ended, broken=broken)
 
     def restart_source(self) -> None:
         """Let batches come from this worker's place in the world, at the position where it stands."""

@@ -134,6 +134,13 @@ class Outlets:
             each.close()
 
 
+def complete_ledger(options: TrainerOptions, commits: Iterable[Commit]) -> None:
+    """As `Outlets.complete_ledger`, for a worker that is not the lead and never will be."""
+    if (directory := _open_directory(options, goes_on=True)) is not None:
+        directory.complete(commits)
+        directory.close()
+
+
 def _describe(manifest: Manifest) -> dict[str, Any]:
     return {
         "num_bytes": manifest.num_bytes,

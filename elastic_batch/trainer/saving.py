@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
@@ -21,6 +22,10 @@ from elastic_batch.checkpoint import (
 from elastic_batch.errors import InvalidSetting
 
 logger = logging.getLogger(__name__)
+
+_TURN_SECONDS, _MOST_TURNS = 0.05, 20
+_OTHERS_SECONDS = 15.0
+"""How long another worker's writing is waited for: whoever sent the signal will not wait for ever."""
 
 
 class Stateful(Protocol):
@@ -99,6 +104,33 @@ def find_checkpoint(resume: str, location: str | None) -> Checkpoint | None:
     if location is None:
         raise InvalidSetting("resume", "auto", "needs a place for checkpoints", "Give run_dir or checkpoint_location")
     return CheckpointStore(location).load_newest()
+
+
+def save_unless_saved(
+    store: CheckpointStore, collect: Callable[[], dict[str, Any]], info: CheckpointInfo, *, turn: int
+) -> Manifest | None:
+    """Save a state that several workers may be about to save at the same time, if none of the others does.
+
+    Args:
+        store: Where to, as a writer of the world in which the state was made.
+        collect: Gives the state.
+        info: What the manifest is to say of it.
+        turn: This worker's among them, from 0.
+
+    Returns:
+        None if a checkpoint is there that is as good.
+
+    Raises:
+        ElasticBatchError: A newer world writes there now.
+        OSError: The disk is full or fails.
+    """
+    time.sleep(_TURN_SECONDS * min(turn, _MOST_TURNS))
+    patience = time.monotonic() + _OTHERS_SECONDS
+    while store.is_being_saved() and time.monotonic() < patience:
+        time.sleep(_TURN_SECONDS)
+    if any((each.generation, each.position) >= (store.generation, info.position) for each in store.manifests()):
+        return None
+    return store.save(collect(), info)
 
 
 class Saver:

@@ -66,6 +66,8 @@ class Worlds:
             WorldBroken: The other workers did not come.
         """
         self._look_ahead()
+        if self._membership.is_elastic:
+            self._standing.newest_writer = self._recorder.newest_writer()
         return self._enter(self._membership.first(self._standing, self._recorder.fingerprint))[0]
 
     def next(self, ended: Engine, *, broken: bool, evaluating: bool = False) -> tuple[Engine, bool]:
@@ -145,7 +147,7 @@ class Worlds:
     def _take_up(self, generation: int) -> None:
         """Load the checkpoint to resume from, or begin."""
         if not self._membership.is_elastic:
-            self._recorder.hold()
+            self._recorder.claim()
         checkpoint: Checkpoint | None = find_checkpoint(
             os.fspath(self._options.resume), self._recorder.checkpoint_location
         )

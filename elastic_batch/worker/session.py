@@ -219,6 +219,7 @@ class Session:
             broken=broken,
             num_micro_batches=self._standing.num_micro_batches,
             job=self._job,
+            newest_writer=self._standing.newest_writer,
         )
         with self._changed:
             self._engine, self._ready = None, ready

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from elastic_batch.coordinator.config import CoordinatorConfig
-from elastic_batch.coordinator.listening import bind
+from elastic_batch.coordinator.listening import bind, public_url
 from elastic_batch.coordinator.state import MembershipConfig
 
 
@@ -19,3 +19,13 @@ def test_no_message_waits_for_the_one_before_it_to_be_acknowledged(tmp_path: Pat
         accepted, _ = listener.accept()
         with accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+def test_whoever_listens_everywhere_is_reached_at_the_address_that_is_announced(tmp_path: Path) -> None:
+    config = CoordinatorConfig(run_dir=tmp_path, membership=MembershipConfig(), host="::")
+    with bind(config, 0) as listener:
+        port = listener.getsockname()[1]
+        assert public_url(config, listener).endswith(f":{port}")
+        for loopback in ("127.0.0.1", "::1"):
+            socket.create_connection((loopback, port), 5).close()

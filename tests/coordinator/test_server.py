@@ -330,6 +330,25 @@ def test_a_job_may_be_trained_further_when_nobody_trains(tmp_path: Path) -> None
     uvloop.run(scenario())
 
 
+def test_a_job_may_be_trained_further_after_all_was_killed_at_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path), connected(tmp_path, "a") as a:
+            await a.ready(job={"seed": 1, "end": 10, "schedule": {"so_far": "x"}})
+            await a.enter()
+        longer = {"seed": 1, "end": 20, "schedule": {"so_far": "y"}}
+        async with serving(tmp_path, reconnect_grace=0.1, orphan_grace=0.1) as coordinator:
+            async with connected(tmp_path, "b") as early:
+                await early.ready(job=longer)
+                assert "end: 10 there, 20 now" in (await early.hear(Refused)).reason
+            await asyncio.sleep(0.5)
+            async with connected(tmp_path, "c") as late:
+                await late.ready(job=longer)
+                assert (await late.hear(Form)).generation == 2
+            assert (await coordinator.status())["ended"] is None
+
+    uvloop.run(scenario())
+
+
 def test_the_job_is_complete_when_the_lead_says_so_and_outsiders_end(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with (
@@ -367,6 +386,103 @@ def test_the_job_is_not_complete_if_the_lead_dies_while_it_saves_the_end(tmp_pat
             async with connected(tmp_path, "c") as newcomer:
                 await newcomer.ready()
                 assert (await newcomer.hear(Form)).generation == form.generation + 1
+
+    uvloop.run(scenario())
+
+
+@pytest.mark.parametrize("seen_by", ["whoever started it", "the lead itself"])
+def test_the_job_is_not_complete_if_the_leads_process_is_seen_to_end(tmp_path: Path, seen_by: str) -> None:
+    async def scenario() -> None:
+        async with (
+            serving(tmp_path, max_workers=2) as coordinator,
+            connected(tmp_path, "a") as a,
+            connected(tmp_path, "b") as b,
+        ):
+            form = await _world(a, b)
+            lead, other = (a, b) if form.members[0] == "a" else (b, a)
+            await other.bye("finished")
+            await coordinator.until(lambda status: status["ended"] is not None)
+            if seen_by == "the lead itself":
+                await lead.bye("failed")
+            else:
+                await coordinator.http.post(f"/workers/{lead.name}/exited")
+            await coordinator.until(lambda status: status["ended"] is None)
+            async with connected(tmp_path, "c") as newcomer:
+                await newcomer.ready()
+                assert (await newcomer.hear(Form)).generation == form.generation + 1
+
+    uvloop.run(scenario())
+
+
+def test_a_lead_that_lost_the_others_at_the_end_gets_a_world_to_save_it_in(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with (
+            serving(tmp_path, max_workers=2) as coordinator,
+            connected(tmp_path, "a") as a,
+            connected(tmp_path, "b") as b,
+        ):
+            form = await _world(a, b)
+            lead, other = (a, b) if form.members[0] == "a" else (b, a)
+            await other.bye("finished")
+            await lead.ready(form.generation, broken=True)
+            assert (await lead.enter()).members == (lead.name,)
+            await lead.bye("finished")
+            assert await coordinator.outcome() == "complete"
+
+    uvloop.run(scenario())
+
+
+@pytest.mark.parametrize("waits_first", [True, False])
+def test_a_member_that_waits_when_the_job_is_complete_ends(tmp_path: Path, waits_first: bool) -> None:
+    async def scenario() -> None:
+        async with (
+            serving(tmp_path, max_workers=2) as coordinator,
+            connected(tmp_path, "a") as a,
+            connected(tmp_path, "b") as b,
+        ):
+            form = await _world(a, b)
+            lead, other = (a, b) if form.members[0] == "a" else (b, a)
+            if waits_first:
+                await other.ready(form.generation, broken=False)
+                await lead.bye("finished")
+            else:
+                await lead.bye("finished")
+                await coordinator.until(lambda status: status["ended"] is not None)
+                await other.ready(form.generation, broken=True)
+            assert (await other.hear(End)).reason == "the job is complete"
+            await other.bye("left")
+            assert await coordinator.outcome() == "complete"
+
+    uvloop.run(scenario())
+
+
+def test_a_stop_forms_a_world_of_fewer_than_the_least_workers(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, min_workers=2) as coordinator, connected(tmp_path, "a") as a:
+            async with connected(tmp_path, "b") as b:
+                form = await _world(a, b)
+            await a.hear(Abort)
+            await a.ready(form.generation, broken=True)
+            await coordinator.until(lambda status: "at least 2" in status["reason"])
+            await coordinator.http.post("/stop", json={"reason": "enough"})
+            assert (await a.enter()).members == ("a",)
+            await a.hear(Stop)
+            await a.bye("stopped")
+            assert await coordinator.outcome() == "stopped"
+
+    uvloop.run(scenario())
+
+
+def test_worlds_are_newer_than_whoever_wrote_checkpoints(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path), connected(tmp_path, "a") as a:
+            await a.ready(newest_writer=6)
+            assert (await a.enter()).generation == 7
+            async with connected(tmp_path, "b") as b:
+                await b.ready(newest_writer=9)  # of another run than this world, which goes on
+                await a.hear(Regroup)
+                await a.ready(7)
+                assert (await a.hear(Form)).generation == 8
 
     uvloop.run(scenario())
 

@@ -17,7 +17,8 @@ class FailingEngine:
     Args:
         inner: Carries the collectives.
         fail_at: None: never.
-        at: Whether the failure shows when the collective is launched or when it is waited for.
+        at: Whether the failure shows when the collective is launched, when it is waited for, or `late`: it was carried
+            out, and the others know nothing of a failure.
         generation: Which world this is.
     """
 
@@ -54,18 +55,26 @@ class FailingEngine:
         fails = number == self.fail_at
         if fails and self.at == "launch":
             raise WorldBroken("a scripted failure", self.generation)
+        if fails and self.at == "late":
+            return _Failed(self.generation, self._carry(tensor, source))
         if fails:
             if source != self.rank:  # what a broken collective may leave behind
                 tensor.fill_(float("nan") if tensor.is_floating_point() else 1)
             return _Failed(self.generation)
+        return self._carry(tensor, source)
+
+    def _carry(self, tensor: Tensor, source: int | None) -> Handle:
         return self.inner.all_reduce(tensor) if source is None else self.inner.broadcast(tensor, source)
 
 
 class _Failed:
-    def __init__(self, generation: int) -> None:
+    def __init__(self, generation: int, carried: Handle | None = None) -> None:
         self._generation = generation
+        self._carried = carried
 
     def wait(self) -> None:
+        if self._carried is not None:
+            self._carried.wait()
         raise WorldBroken("a scripted failure", self._generation)
 
 

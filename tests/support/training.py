@@ -193,6 +193,31 @@ def count_collectives(inner: Engine, plan: Plan) -> tuple[int, int, dict[str, An
         return before, engine.num_collectives, state
 
 
+def evaluate_after_a_break(engine: Engine, plan: Plan, broken_at: int | None) -> tuple[list[float], dict[str, Any]]:
+    """Evaluate twice after each update; returns what was found, and the final state.
+
+    In update `broken_at` the world breaks such that the first worker has committed and the last one has not.
+    """
+    found = []
+    failing = FailingEngine(engine, None)
+    with make_trainer(plan, RecoveringMembership(failing)) as trainer:
+        for update in trainer.updates():
+            for batch in update:
+                loss_sum, weight = jobs.token_loss(trainer.model, batch)
+                update.backward(loss_sum, weight)
+            is_first, is_last = engine.rank == 0, engine.rank == engine.size - 1
+            if update.index == broken_at and is_last and not is_first:
+                failing.fail_at, failing.at = failing.num_collectives, "late"  # the header, which comes last
+            if not update.step():
+                raise AssertionError("the others have committed it")
+            if update.index == broken_at and is_first:
+                failing.fail_at, failing.at = failing.num_collectives, "launch"
+            found += [trainer.evaluate(trainer._train_set, losses_of_tokens)["loss"] for _ in range(2)]
+            if trainer.num_updates == plan.num_updates:
+                break
+        return found, state_of(trainer.model, trainer._optimizer.optimizer)
+
+
 def stop_on_one_worker(engine: Engine, plan: Plan, rank: int, after: int) -> tuple[int, str | None]:
     """One worker asks for the end; returns how far each one came, and why it stopped."""
     with make_trainer(plan, FixedWorld(engine)) as trainer:

@@ -14,6 +14,7 @@ from support.training import (
     Plan,
     ScriptedTrouble,
     count_collectives,
+    evaluate_after_a_break,
     make_trainer,
     run,
     train,
@@ -51,6 +52,14 @@ def test_a_failure_of_any_collective_leaves_no_trace_on_two_workers() -> None:
     for states, (_, _, expected) in zip(results, undisturbed, strict=True):
         for state in states:
             _assert_equal(state, expected)
+
+
+def test_a_worker_that_got_an_update_from_the_others_evaluates_alone_until_the_next() -> None:
+    plan = Plan(TOKENS, num_updates=4, owns_loop=True, options={"check_loss": False, "check_every": 1})
+    expected, state = evaluate_after_a_break(SoloEngine(), plan, None)
+    for found, end in run_world(2, evaluate_after_a_break, plan, 1):
+        assert found == pytest.approx(expected, rel=1e-12)
+        assert largest_difference(end, state) < 1e-12
 
 
 @pytest.mark.parametrize("where", ["data", "loss", "backward"])

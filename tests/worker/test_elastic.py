@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.elastic import Cluster, Course, train_alone
+from support.elastic import Cluster, Course, train_alone, train_as_worker
 from support.elastic_jobs import MICRO_BATCH
 from support.reference import largest_difference
 from support.witness import check_witnesses
 
+from elastic_batch.coordinator.journal import FILE
+from elastic_batch.engines import FixedWorld, SoloEngine
 from elastic_batch.rundir import read_run_ledger
 
 SHORT = Course(
@@ -258,3 +260,53 @@ def test_a_worker_that_waits_for_its_turn_leaves_when_told_to_end(start: Start) 
     cluster.kill(standby, signal.SIGTERM)
     assert _exit_code(cluster, standby) == LEFT
     assert _finish(cluster) == 0
+
+
+def test_a_worker_that_must_go_while_it_waits_for_a_world_leaves_its_state(start: Start) -> None:
+    cluster = start(2, Course(**{**vars(SHORT), "options": {**SHORT.options, "checkpoint_every": None}}))
+    cluster.wait_for_update(15)
+    lead, other = _by_rank(cluster)
+    cluster.kill_coordinator()
+    cluster.kill(lead)
+    log = cluster.run_dir / "logs" / f"{other}.log"
+    cluster.wait_until(lambda: "still waiting for a world" in log.read_text(), 20, "it waits")
+    cluster.kill(other, signal.SIGTERM)
+    assert _exit_code(cluster, other) == LEFT
+    cluster.start_coordinator()
+    cluster.start_worker("w3")
+    assert _finish(cluster) <= AT_MOST_ONE
+
+
+def test_a_run_may_go_on_without_a_coordinator_and_with_one_again(start: Start) -> None:
+    cluster = start(2)
+    cluster.wait_for_update(5)
+    for slot in list(cluster.workers):
+        cluster.kill(slot, signal.SIGTERM)
+    assert {_exit_code(cluster, slot) for slot in list(cluster.workers)} == {LEFT}
+    cluster.kill_coordinator()
+    half = 320 + 32 * 15
+    alone = Course(**{**vars(SHORT), "end": half, "pace": 0.0, "options": WITHOUT_PROCESSES})
+    train_as_worker(alone, str(cluster.run_dir), "fixed", FixedWorld(SoloEngine()))
+    for end in (cluster.run_dir / "ends").iterdir():
+        end.unlink()
+    cluster.start_coordinator()
+    cluster.start_worker("w3")
+    assert _finish(cluster) == 0
+
+
+def test_checkpoints_are_written_on_when_the_journal_was_moved_away(start: Start) -> None:
+    cluster = start(2)
+    cluster.kill(_by_rank(cluster)[1])
+    _wait_for_world(cluster, 1)  # of a generation that the next coordinator would give to a world once more
+    cluster.kill(lead := _by_rank(cluster)[0], signal.SIGTERM)
+    assert _exit_code(cluster, lead) == LEFT
+    cluster.kill_coordinator()
+    for file in cluster.run_dir.glob(f"{FILE}*"):
+        file.unlink()
+    cluster.start_coordinator()
+    cluster.start_worker("w3")
+    cluster.wait_for_update(cluster.last_update() + 4)
+    cluster.kill("w3", signal.SIGTERM)
+    assert _exit_code(cluster, "w3") == LEFT
+    cluster.start_worker("w4")
+    assert _finish(cluster) <= AT_MOST_ONE
