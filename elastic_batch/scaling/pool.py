@@ -69,6 +69,7 @@ class _Slot:
     log: OutputLog
     busy: bool = False
     pid: int | None = None
+    is_signalled: bool = False
     restarts: Restarts = field(default_factory=Restarts)
     starts_at: float = 0.0
 
@@ -146,6 +147,7 @@ class Pool:
         """Send a signal to the workers whose names are not in `but`."""
         for slot in self._slots.values():
             if slot.busy and (slot.pid is None or worker_name(slot.pid, slot.name) not in but):
+                slot.is_signalled = True
                 self._nursery.signal(slot.name, number)
 
     async def wait_for_change(self, seconds: float) -> None:
@@ -182,7 +184,7 @@ class Pool:
         delay = place.restarts.ended(code, self._position or 0)
         if self._size:
             self._judge(place, code, delay)
-        elif code > 0 and code != EXIT_STOPPED:
+        elif code not in (0, EXIT_STOPPED) and not (code < 0 and place.is_signalled):
             self.late_failures.append(f"{slot} {_how(code)}")
         self._changed.set()
 
@@ -236,7 +238,7 @@ class Pool:
         slot.log.last_lines.clear()
         self._nursery.bear(birth, theirs)
         os.close(theirs)
-        slot.busy = True
+        slot.busy, slot.is_signalled = True, False
         self._keep(self._readers, self._follow(slot, ours))
 
     async def _follow(self, slot: _Slot, descriptor: int) -> None:

@@ -24,7 +24,9 @@ _OUTSIDER_SECONDS = 2.0
 """For workers outside the world to hear that the run is over; those in it take the time they need."""
 _KILL_SECONDS = 10.0
 _AWAY_SECONDS = 5.0
-"""Without an answer, when no worker of this machine is left, the coordinator counts as gone."""
+"""Without an answer, when all workers of this machine ended well, the coordinator counts as gone."""
+_HOPELESS_SECONDS = 1800.0
+"""The same when some did not: it may return and want others. Workers themselves wait as long for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,7 @@ class Supervisor:
         if settings.coordinator is not None and settings.log_dir is not None:
             self._coordinator = CoordinatorProcess(settings.coordinator, show, settings.log_dir)
         self._status = Status()
+        self._members: set[str] = set()  # of any world so far: their users' code may go on when training is over
         self._heard_at = 0.0
         self._verdict: int | None = None
         self._stop: str | None = None
@@ -128,6 +131,7 @@ class Supervisor:
 
     def _take_status(self) -> None:
         position = self._status.position
+        self._members |= self._status.members
         self._pool.progressed(position)
         if self._coordinator is not None:
             self._coordinator.progressed(position)
@@ -159,9 +163,11 @@ class Supervisor:
             return
         now = asyncio.get_running_loop().time()
         is_over = self._status.get("ended") is not None or self._stop is not None
-        is_gone = now - self._heard_at > _AWAY_SECONDS and set(self._pool.codes.values()) <= {0, EXIT_STOPPED}
-        if self._pool.is_empty and self._pool.codes and (is_over or is_gone):
-            self._verdict = max(self._pool.codes.values()) and EXIT_STOPPED
+        codes, away = set(self._pool.codes.values()), now - self._heard_at
+        ended_well = codes <= {0, EXIT_STOPPED}
+        is_gone = away > (_AWAY_SECONDS if ended_well else _HOPELESS_SECONDS)
+        if self._pool.is_empty and codes and (is_over or is_gone):
+            self._verdict = max(codes) and EXIT_STOPPED if is_over or ended_well else EXIT_FAILED
 
     # The end.
 
@@ -200,8 +206,8 @@ class Supervisor:
         self._pool.retire()
         if self._verdict in (0, EXIT_STOPPED):
             await self._until_empty(_OUTSIDER_SECONDS)
-            self._pool.signal(signal.SIGTERM, but=self._status.members)
-            await self._until_empty(None if self._pool.workers & self._status.members else _KILL_SECONDS)
+            self._pool.signal(signal.SIGTERM, but=self._members)
+            await self._until_empty(None if self._pool.workers & self._members else _KILL_SECONDS)
         else:
             self._pool.signal(signal.SIGTERM)
             await self._until_empty(_KILL_SECONDS)

@@ -109,6 +109,28 @@ def test_a_worker_of_the_last_world_ends_in_its_own_time_and_its_failure_counts(
     assert "training is over, but local-0 ended with exit code 3" in shown
 
 
+def test_user_code_after_training_is_not_ended_and_its_death_is_told(tmp_path: Path) -> None:
+    text = "import os, time\ntime.sleep(4)\nprint('exported')\nos.kill(os.getpid(), 9)\n"
+    shown: list[str] = []
+    link = FakeLink({"workers": []})
+    settings = supervisor_settings(write_script(tmp_path, text), ("recipes",))
+
+    async def run() -> int:
+        supervisor = Supervisor(settings, link, shown.append)
+        working = asyncio.ensure_future(supervisor.run())
+        while not (workers := supervisor._pool.workers):
+            await asyncio.sleep(0.01)
+        link.now = {"workers": [{"name": sorted(workers)[0], "state": "active"}]}
+        while not supervisor._members:
+            await asyncio.sleep(0.01)
+        link.now = {"workers": [], "ended": "the job is complete"}  # it has said goodbye
+        return await working
+
+    assert asyncio.run(run()) == 1
+    assert "[local-0] exported" in shown
+    assert "training is over, but local-0 was killed by SIGKILL" in shown
+
+
 def test_more_workers_are_started_when_more_are_wanted_and_one_is_kept_warm(tmp_path: Path) -> None:
     link = FakeLink({"desired_workers": 1})
     base = supervisor_settings(write_script(tmp_path, SLEEP))
@@ -158,3 +180,11 @@ def test_workers_that_ended_well_are_not_replaced_when_the_coordinator_elsewhere
     settings = supervisor_settings(write_script(tmp_path, "print('trained')\n"))
     assert supervise(settings, FakeLink(), shown.append) == 0
     assert sorted(shown) == ["[local-0] trained", "[local-1] trained"]
+
+
+def test_a_machine_whose_workers_failed_does_not_wait_for_a_lost_coordinator_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "_HOPELESS_SECONDS", 1.5)
+    settings = supervisor_settings(write_script(tmp_path, "import sys\nsys.exit(1)\n"))
+    assert supervise(settings, FakeLink(), lambda _: None) == 1
