@@ -145,10 +145,16 @@ class Connection:
         self._thread.join(CLOSE_SECONDS)
 
     def _run(self) -> None:
-        with contextlib.suppress(asyncio.CancelledError):
+        try:
             self._main = self._loop.create_task(self._stay_connected())
             self._loop.run_until_complete(self._main)
-        self._loop.close()
+        except asyncio.CancelledError:
+            pass
+        except Exception as error:  # the training thread would wait for this one without a word
+            logger.exception("the connection to the coordinator failed")
+            self._listener.fail(f"the connection to the coordinator failed: {error!r}")
+        finally:
+            self._loop.close()
 
     async def _stay_connected(self) -> None:
         pause = FIRST_RETRY_SECONDS
@@ -160,7 +166,8 @@ class Connection:
                 self._listener.fail(str(error))
                 return
             except InvalidStatus as error:
-                if error.response.status_code in (401, 403):
+                # Later on it may be another service that has the port while the coordinator is away.
+                if error.response.status_code in (401, 403) and self._run_id is None:
                     self._listener.fail(_refusal(error, self._credentials))
                     return
                 self.condition = f"answering with status {error.response.status_code}"

@@ -8,6 +8,7 @@ import secrets
 import socket
 import ssl
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,8 @@ class Credentials:
         """The coordinator as it is announced now; a restarted one may have moved.
 
         Raises:
-            FileNotFoundError: No coordinator has announced itself yet.
-            InvalidSetting: A file cannot be read or does not hold what it should.
+            OSError: No coordinator has announced itself yet, or its announcement cannot be read at the moment.
+            InvalidSetting: A file may not be read or does not hold what it should.
         """
         announced = _announcement(self.run_dir / ANNOUNCEMENT) if self.run_dir is not None else {}
         if not announced and self.url is None:
@@ -106,7 +107,9 @@ class Credentials:
 
     def completed_end(self) -> float:
         """The job's end, in samples, at which it was complete when its coordinator ended; -1: nobody says so."""
-        announced = _announcement(self.run_dir / ANNOUNCEMENT) if self.run_dir is not None else {}
+        announced: dict[str, Any] = {}
+        with suppress(OSError):
+            announced = _announcement(self.run_dir / ANNOUNCEMENT) if self.run_dir is not None else {}
         found = announced.get("completed_end")
         return found if isinstance(found, int | float) else -1
 
@@ -116,7 +119,7 @@ def _announcement(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (PermissionError, ValueError) as error:
         raise InvalidSetting(RUN_DIR, path.parent, f"must hold a readable {ANNOUNCEMENT} ({error})") from None
     return found if isinstance(found, dict) else {}
 
