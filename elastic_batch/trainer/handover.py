@@ -39,11 +39,16 @@ class Muster:
 
     Args:
         all: Each worker's whereabouts, by rank.
-        evaluating: How many of them are in the middle of an evaluation.
+        evaluating: Which evaluation since the last update each of them is in the middle of, from 1; 0: none.
     """
 
     all: tuple[Whereabouts, ...]
-    evaluating: int
+    evaluating: tuple[int, ...]
+
+    @property
+    def evaluates_together(self) -> bool:
+        """Whether all are in the middle of the same evaluation."""
+        return min(self.evaluating) == max(self.evaluating) > 0
 
     @property
     def source(self) -> int:
@@ -56,7 +61,7 @@ class Muster:
         return min(self.all) == max(self.all) != NOWHERE
 
 
-def muster(engine: Engine, mine: Whereabouts, *, evaluating: bool, device: torch.device) -> Muster:
+def muster(engine: Engine, mine: Whereabouts, *, evaluating: int, device: torch.device) -> Muster:
     """Tell all workers of a new world where this one is. A collective.
 
     Raises:
@@ -67,7 +72,7 @@ def muster(engine: Engine, mine: Whereabouts, *, evaluating: bool, device: torch
     engine.all_reduce(rows).wait()
     table = rows.tolist()
     places = tuple(Whereabouts(int(origin), int(position)) for origin, position, _ in table)
-    return Muster(places, sum(int(row[2]) for row in table))
+    return Muster(places, tuple(int(row[2]) for row in table))
 
 
 def hand_over(

@@ -84,6 +84,7 @@ class UpdateLoop:
         self._compiles = compiles
         self._has_looped = False
         self._is_astray = False
+        self._num_evaluations = 0
         self._plan: UpdatePlan | None = None
         self._failed_update: int | None = None
         self._phase_log = PhaseLog(schedule.rule, options.spares)
@@ -97,6 +98,10 @@ class UpdateLoop:
     def evaluation_engine(self) -> Engine:
         """With whom this worker evaluates: alone where others are elsewhere in their user's code for all it knows."""
         return SoloEngine(self.engine.generation) if self._is_astray else self.engine
+
+    def begin_evaluation(self) -> None:
+        """The user evaluates, perhaps not for the first time since the last update."""
+        self._num_evaluations += 1
 
     @property
     def finished(self) -> bool:
@@ -137,7 +142,7 @@ class UpdateLoop:
             self._phase_log.show(plan, self.engine.size)
         self._recorder.begin_update()
         self._standing.stage = "compute"
-        self._is_astray = False
+        self._is_astray, self._num_evaluations = False, 0
         requests = plan.passes(rank=self.engine.rank, size=self.engine.size, width=self._progress.width)
         return Update(plan, requests, self.machinery, self)
 
@@ -200,6 +205,8 @@ class UpdateLoop:
                 self._repeat(update)
             elif update.outcome in (Outcome.COMMITTED, Outcome.SKIPPED):
                 self._after_commit(update)
+            elif update.outcome is Outcome.RECEIVED:
+                self._checkpoint_if_due(update)
         except WorldBroken:
             self._enter_next_world(broken=True)
 
@@ -281,12 +288,12 @@ class UpdateLoop:
         self._recorder.finish(collect, self._progress.position, self._progress.num_updates, self._progress.stop_reason)
 
     def evaluate_in_next_world(self) -> None:
-        """The world broke in an evaluation: enter the next one, and evaluate with it if all its workers are at it."""
+        """The world broke in an evaluation: enter the next one, and go on in it if all its workers are at the same."""
         # Workers that joined meanwhile are at an update: they wait there, so the others evaluate each alone.
-        self._is_astray |= not self._enter_next_world(broken=True, evaluating=True)
+        self._is_astray |= not self._enter_next_world(broken=True, evaluating=self._num_evaluations)
 
-    def _enter_next_world(self, *, broken: bool, evaluating: bool = False) -> bool:
-        """Enter the next world. Returns whether all its workers are evaluating."""
+    def _enter_next_world(self, *, broken: bool, evaluating: int = 0) -> bool:
+        """Enter the next world. Returns whether all its workers are at the same evaluation."""
         ended = self.engine
         try:
             self.machinery.engine, together = self._worlds.next(ended, broken=broken, evaluating=evaluating)

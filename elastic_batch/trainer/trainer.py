@@ -228,6 +228,7 @@ class Trainer:
             with autocast(self.options.precision, self._device):
                 return measure(model, batch)
 
+        loop.begin_evaluation()
         while True:
             self._standing.stage = "evaluate"
             try:

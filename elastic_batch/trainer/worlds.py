@@ -70,16 +70,16 @@ class Worlds:
             self._standing.newest_writer = self._recorder.newest_writer()
         return self._enter(self._membership.first(self._standing, self._recorder.fingerprint))[0]
 
-    def next(self, ended: Engine, *, broken: bool, evaluating: bool = False) -> tuple[Engine, bool]:
+    def next(self, ended: Engine, *, broken: bool, evaluating: int = 0) -> tuple[Engine, bool]:
         """Enter the world after one that broke or was left at a boundary.
 
         Args:
             ended: The world until now.
             broken: Whether it broke.
-            evaluating: Whether this worker is in the middle of an evaluation.
+            evaluating: Which evaluation since the last update this worker is in the middle of, from 1; 0: none.
 
         Returns:
-            The world, and whether all of its workers said that they are evaluating.
+            The world, and whether all of its workers said that they are at the same one.
 
         Raises:
             NoNextWorld: There is none.
@@ -93,7 +93,7 @@ class Worlds:
         self._standing.stage = "wait"
         return self._membership.next(ended, broken=broken)
 
-    def _enter(self, engine: Engine, evaluating: bool = False) -> tuple[Engine, bool]:
+    def _enter(self, engine: Engine, evaluating: int = 0) -> tuple[Engine, bool]:
         while True:
             try:
                 return engine, self._agree(engine, evaluating)
@@ -103,8 +103,8 @@ class Worlds:
                 logger.warning("%s", error)
             engine = self._leave(engine, broken=True)
 
-    def _agree(self, engine: Engine, evaluating: bool) -> bool:
-        """Reach one state on all workers. Returns whether all are evaluating."""
+    def _agree(self, engine: Engine, evaluating: int) -> bool:
+        """Reach one state on all workers. Returns whether all are at the same evaluation."""
         self._standing.stage = "sync"
         reach("sync.start")
         is_lead = engine.rank == 0
@@ -121,7 +121,7 @@ class Worlds:
         reach("sync.done")
         self._look_ahead()
         self._membership.entered(engine)
-        return found.evaluating == engine.size
+        return found.evaluates_together
 
     def _look_ahead(self) -> None:
         """Note how many workers the next update can use."""

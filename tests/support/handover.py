@@ -28,6 +28,6 @@ def exchange_states(engine: Engine, source: int) -> tuple[Any, int]:
 
     device = torch.device("cpu")
     mine = Whereabouts(1, 100 if engine.rank == source else 10)
-    found = muster(engine, mine, evaluating=False, device=device)
+    found = muster(engine, mine, evaluating=0, device=device)
     received = hand_over(engine, found.source, collect, wanted=engine.rank != found.source, device=device)
     return received, found.source

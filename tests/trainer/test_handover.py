@@ -16,14 +16,23 @@ from elastic_batch.trainer.handover import NOWHERE, Muster, Whereabouts
 
 def test_the_newest_generation_wins_and_the_position_second() -> None:
     places = (NOWHERE, Whereabouts(1, 900), Whereabouts(2, 300), Whereabouts(2, 400), Whereabouts(2, 400))
-    found = Muster(places, evaluating=0)
+    found = Muster(places, (0,) * len(places))
     assert found.source == 3
     assert not found.agreed
 
 
 def test_workers_agree_when_all_have_the_same_state_but_not_when_none_has_one() -> None:
-    assert Muster((Whereabouts(2, 5),) * 3, evaluating=0).agreed
-    assert not Muster((NOWHERE, NOWHERE), evaluating=0).agreed
+    assert Muster((Whereabouts(2, 5),) * 3, (0, 0, 0)).agreed
+    assert not Muster((NOWHERE, NOWHERE), (0, 0)).agreed
+
+
+@pytest.mark.parametrize(
+    ("evaluating", "together"), [((1, 1), True), ((2, 2, 2), True), ((0, 0), False), ((1, 0), False), ((1, 2), False)]
+)
+def test_workers_evaluate_together_only_where_all_are_at_the_same_evaluation(
+    evaluating: tuple[int, ...], together: bool
+) -> None:
+    assert Muster((Whereabouts(2, 5),) * len(evaluating), evaluating).evaluates_together is together
 
 
 def _states_of(world: list[Any]) -> list[Any]:
