@@ -87,7 +87,7 @@ class CoordinatorLink:
             answer = await client.request(method, path, json=body)
             answer.raise_for_status()
             found = answer.json() if answer.content else {}
-        except (httpx.HTTPError, ValueError) as error:
+        except (httpx.HTTPError, RuntimeError, ValueError) as error:  # another request may just have closed the client
             await self.close()  # it may have moved
             raise CoordinatorAway(str(error) or type(error).__name__) from error
         return found if isinstance(found, dict) else {}
@@ -98,7 +98,10 @@ class CoordinatorLink:
         url, token, certificate = self._read_door()
         # Without TLS none is prepared: that takes long, and a coordinator that is away is asked again and again.
         is_secure = url.startswith("https")
-        verify = ssl.create_default_context(cafile=certificate) if is_secure else False
+        try:
+            verify = ssl.create_default_context(cafile=certificate) if is_secure else False
+        except OSError as error:
+            raise CoordinatorAway(f"{certificate} cannot be read ({error})") from error
         headers = {"Authorization": f"Bearer {token}"}
         # Proxies of the environment are for other places.
         self._client = httpx.AsyncClient(
