@@ -140,9 +140,12 @@ class Connection:
         if self._closing or not self._thread.is_alive():
             return
         self._closing = True
+        farewell = self._say_bye(bye)
         with contextlib.suppress(RuntimeError, TimeoutError):
-            asyncio.run_coroutine_threadsafe(self._say_bye(bye), self._loop).result(CLOSE_SECONDS)
+            asyncio.run_coroutine_threadsafe(farewell, self._loop).result(CLOSE_SECONDS)
         self._thread.join(CLOSE_SECONDS)
+        if not self._thread.is_alive():
+            farewell.close()  # the loop may have ended by itself before it came to it
 
     def _run(self) -> None:
         try:
