@@ -42,8 +42,6 @@ class TrainerOptions:
     """The job as resolved, for the run directory; None: these options."""
     trajectory: dict[str, Any] | None = None
     """What else alters the trajectory (data, model, loss), in plain values; a run is resumed only where it is equal."""
-    baseline_updates: int | None = None
-    """Updates of the same job with plain decay, for the summary. None: as many as with the first batch throughout."""
     precision: Precision = "float32"
     """`float32` computes in the model's own format; `bf16` and `fp16` run the forward under autocast."""
     compile: bool = False

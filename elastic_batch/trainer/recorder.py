@@ -20,7 +20,7 @@ from elastic_batch.errors import ElasticBatchError, RunDirectoryMissing
 from elastic_batch.failpoints import reach
 from elastic_batch.noise import NoiseScaleEstimator
 from elastic_batch.rundir import Commit, Hold, read_run_id
-from elastic_batch.schedule import Duration, Schedule, walk
+from elastic_batch.schedule import Duration, Schedule, plan
 from elastic_batch.strict_json import to_json
 from elastic_batch.trainer.options import TrainerOptions
 from elastic_batch.trainer.outlets import Outlets, Report, complete_ledger
@@ -64,6 +64,7 @@ class Recorder:
         self._commits: deque[Commit] = deque(maxlen=_KEPT_COMMITS)
         self._owes = False
         self._final_metrics: dict[str, float] = {}
+        self._evaluated_at = -1
         self._ending: dict[str, Any] = {}
         self.last_record: dict[str, Any] = {}
         self.report: Report = lambda record: None
@@ -192,20 +193,20 @@ class Recorder:
 
     def update(self, update: Update, engine: Engine, estimator: NoiseScaleEstimator | None) -> None:
         """Record a committed update."""
-        plan, values = update.plan, update.plan.values
-        commit = Commit(plan.index + 1, plan.start, plan.stop, engine.generation)
+        done, values = update.plan, update.plan.values
+        commit = Commit(done.index + 1, done.start, done.stop, engine.generation)
         self._commits.append(commit)
         if self._outlets is None:
             return
         seconds = time.monotonic() - self._started_at
         self.last_record = {
             "kind": "update",
-            "update": plan.index + 1,
-            "position": plan.stop,
-            "epoch": plan.stop / plan.num_samples,
+            "update": done.index + 1,
+            "position": done.stop,
+            "epoch": done.stop / done.num_samples,
             "phase": values.phase,
             "global_batch_size": update.global_batch_size,
-            "num_micro_batches": plan.num_micro_batches,
+            "num_micro_batches": done.num_micro_batches,
             "learning_rate": values.learning_rate,
             "momentum": values.momentum,
             "noise_scale": self._schedule.noise_scale(values),
@@ -229,14 +230,15 @@ class Recorder:
         """Record what an evaluation found; the summary has the last one's."""
         if self._outlets is None:
             return
-        self._final_metrics = dict(metrics)
+        earlier = self._final_metrics if self._evaluated_at == num_updates else {}
+        self._final_metrics, self._evaluated_at = {**earlier, **metrics}, num_updates
         self._outlets.evaluation(
             {
                 "kind": "evaluation",
                 "update": num_updates,
                 "position": position,
                 "epoch": position / self._schedule.num_samples,
-                "metrics": self._final_metrics,
+                "metrics": dict(metrics),
                 "time": time.time(),
             }
         )
@@ -344,15 +346,15 @@ class Recorder:
 
     def _summarize(self) -> None:
         assert self._outlets is not None
+        planned = plan(self._schedule)
         self._outlets.summarize(
             {
                 "name": self._options.name,
                 "strategy": self._schedule.rule.partition(",")[0],
                 "seed": self._options.seed,
                 **self._ending,
-                "planned_updates": sum(run.num_updates for run in walk(self._schedule)),
-                "baseline_updates": self._options.baseline_updates
-                or -(-self._schedule.end // self._schedule.baseline_batch_size),
+                "planned_updates": planned.updates,
+                "baseline_updates": planned.baseline_updates,
                 "epochs": self._ending["samples"] / self._schedule.num_samples,
                 "seconds": self._outlets.seconds_of_updates(),
                 "metrics": self._final_metrics,

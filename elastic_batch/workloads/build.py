@@ -24,7 +24,7 @@ from elastic_batch.workloads.devices import choose_device
 from elastic_batch.workloads.losses import Judge, build_loss
 from elastic_batch.workloads.networks import build_model
 from elastic_batch.workloads.optimizers import build_optimizer
-from elastic_batch.workloads.planning import num_training_samples, plan_job
+from elastic_batch.workloads.planning import num_training_samples
 from elastic_batch.workloads.readers import load_data_sets
 
 
@@ -129,7 +129,6 @@ def _trainer_options(job: Job) -> dict[str, Any]:
     return {
         **{field: getattr(job, field) for field in same},
         "job": job.dump(),
-        "baseline_updates": plan_job(job).plan.baseline_updates,
         "trajectory": {part: known for part, known in job.fingerprint().items() if part in _TRAINERS_BLIND_SPOTS},
         "checkpoint_every": str(job.checkpoint.every),
         "checkpoint_location": job.checkpoint.location,

@@ -61,3 +61,13 @@ def test_the_summary_compares_a_raised_schedule_with_plain_decay_from_where_noth
 
 def _mse(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
     return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+
+def test_the_summary_has_every_evaluation_after_the_last_update(tmp_path: Path) -> None:
+    plan = Plan(IMAGES, num_updates=2, options={"run_dir": tmp_path / "run"})
+    with make_trainer(plan, FixedWorld(SoloEngine())) as trainer:
+        trainer._recorder.enter(0, True, trainer._progress, is_new=True)
+        for num_updates, metrics in ((1, {"old": 1.0}), (2, {"accuracy": 0.5}), (2, {"ema": 0.6})):
+            trainer._recorder.evaluation(metrics, 8 * num_updates, num_updates)
+        trainer._recorder.finish(None, 16, 2, "far enough")
+    assert read_summary(tmp_path / "run")["metrics"] == {"accuracy": 0.5, "ema": 0.6}
