@@ -77,7 +77,7 @@ class CheckpointStore:
         """Where the checkpoints lie."""
         return self._storage.location
 
-    def save(self, state: dict[str, Any], info: CheckpointInfo) -> Manifest:
+    def save(self, state: dict[str, Any], info: CheckpointInfo, *, clean: bool = True) -> Manifest:
         """Write a checkpoint; when this returns it survives the end of the process and of the machine.
 
         Older ones are pruned, and what interrupted writes of this and older generations left is removed.
@@ -85,6 +85,7 @@ class CheckpointStore:
         Args:
             state: Tensors, numbers, strings, None, in dicts, lists, tuples and sets.
             info: What the manifest is to say of it.
+            clean: Whether to remove leftovers; not where another process of this generation may be writing too.
 
         Raises:
             UnsavableState: Something in the state could not be read back without running code.
@@ -93,7 +94,8 @@ class CheckpointStore:
         """
         plain = compact(state)
         self.raise_fence()
-        self._remove_leftovers()
+        if clean:
+            self._remove_leftovers()
         with self._storage.payload(self.generation) as payload:
             write_payload(plain, payload)
             manifest = self._describe(payload, info)
@@ -187,8 +189,10 @@ class CheckpointStore:
             logger.warning("the fence in %s is garbled and will be written anew", self.location)
             return -1
 
-    def is_being_saved(self) -> bool:
-        """Whether another process writes a checkpoint here at the moment, as far as can be known."""
+    def is_being_saved(self) -> bool | None:
+        """Whether another process writes a checkpoint here at the moment; None where that cannot be known."""
+        if isinstance(self._storage, ObjectStorage):
+            return None
         unfinished = [name for name in self._storage.names() if self._storage.temporary_generation(name) is not None]
         return any(map(self._storage.is_being_written, unfinished))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from elastic_batch.coordinator.events import inside
@@ -57,26 +57,34 @@ def same_job(run: Run, job: dict[str, Any]) -> str | None:
 
     The length may change while no worker trains: a finished job is trained further.
     """
-    known = run.job
-    if known is not None:
-        old, new = _flat(known), _flat(job)
-        is_idle = not inside(run.state) and run.is_out_of_reach
-        if is_idle and not any(worker.ready for worker in run.state.workers.values()):
-            old.update({field: new[field] for field in _LENGTH if field in new})
-        differences = {
-            field: (old.get(field, _ABSENT), new.get(field, _ABSENT))
-            for field in old.keys() | new.keys()
-            if old.get(field, _ABSENT) != new.get(field, _ABSENT)
-        }
-        if differences:
-            return str(JobDiffers(f"the run in {run.directory}", differences))
-    if known != job:
+    is_idle = not inside(run.state) and run.is_out_of_reach
+    may_differ = _LENGTH if is_idle and not any(worker.ready for worker in run.state.workers.values()) else ()
+    if differences := _differences(run, job, but=may_differ):
+        return str(JobDiffers(f"the run in {run.directory}", differences))
+    if run.job != job:
         run.job = job
         try:
             run.journal.keep("job", job)
         except JournalUnusable as error:
             logger.error("%s", error)
     return None
+
+
+def may_be_the_same_later(run: Run, job: dict[str, Any]) -> bool:
+    """Whether a job is refused for its length alone, while perhaps nobody trains: this coordinator knows that soon."""
+    return not _differences(run, job, but=_LENGTH) and not any(worker.connected for worker in inside(run.state))
+
+
+def _differences(run: Run, job: dict[str, Any], *, but: Collection[str]) -> dict[str, tuple[Any, Any]]:
+    """Field -> (the run's, the job's), where they differ."""
+    if run.job is None:
+        return {}
+    old, new = _flat(run.job), _flat(job)
+    return {
+        field: (old.get(field, _ABSENT), new.get(field, _ABSENT))
+        for field in old.keys() | new.keys()
+        if field not in but and old.get(field, _ABSENT) != new.get(field, _ABSENT)
+    }
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,6 +8,9 @@ from elastic_batch.coordinator.events import inside, is_inside
 from elastic_batch.coordinator.losses import Evict, Finding, look_around, name_some
 from elastic_batch.coordinator.state import MembershipConfig, Phase, State, Worker, WorkerState, World
 
+_LONGEST_SAVE = 600.0
+"""How long a worker of an ended world is waited for that says that it has something to do, such as saving its state."""
+
 
 @dataclass(frozen=True, slots=True)
 class EndWorld:
@@ -112,7 +115,7 @@ def _form(now: float, state: State, world: World, config: MembershipConfig) -> D
 
 def _run(now: float, state: State, world: World, config: MembershipConfig) -> Decision:
     if world.boundary_since is not None:
-        if all(map(_waits, inside(state))):
+        if not _to_come(state):
             return _next_world(now, state, config)
         if now - world.boundary_since > config.gather:
             return EndWorld("a worker did not come to the boundary that the others left at")
@@ -125,11 +128,13 @@ def _run(now: float, state: State, world: World, config: MembershipConfig) -> De
 
 
 def _gather(now: float, state: State, world: World, config: MembershipConfig) -> Decision:
-    late = [worker.name for worker in inside(state) if not _waits(worker)]
-    if not late:
+    to_come = _to_come(state)
+    if not to_come:
         return _next_world(now, state, config)
-    if now - world.since <= config.gather:
-        return Wait(f"{len(late)} workers come out of generation {world.generation}")
+    limit = _LONGEST_SAVE if any(now < worker.busy_until for worker in to_come) else config.gather
+    if now - world.since <= limit:
+        return Wait(f"{len(to_come)} workers come out of generation {world.generation}")
+    late = [worker.name for worker in to_come]
     return Evict(tuple(late), f"{name_some(late)} did not come out of the world within {config.gather:g} s")
 
 
@@ -167,7 +172,7 @@ def _why_regroup(now: float, state: State, config: MembershipConfig) -> str | No
 
 def _next_world(now: float, state: State, config: MembershipConfig) -> Decision:
     """The world to form of those that wait, or why there is none."""
-    survivors = inside(state)
+    survivors = [worker for worker in inside(state) if _waits(worker)]
     sound = [worker for worker in survivors if not _spoils(now, worker, config)]
     candidates = (sound or survivors[:1]) + _joiners(now, state, config)
     members_before = set(state.world.members) if state.world is not None else set()
@@ -205,8 +210,18 @@ def _spoils(now: float, worker: Worker, config: MembershipConfig) -> bool:
 
 
 def _waits(worker: Worker) -> bool:
-    """Whether a worker can be told to form a world. One that leaves is waited for until it says goodbye."""
+    """Whether a worker can be told to form a world."""
     return worker.ready and worker.connected and not worker.leaving
+
+
+def _to_come(state: State) -> list[Worker]:
+    """The workers of an ended world that the next one has to wait for.
+
+    One that came out to leave is waited for only where no other has the state: it saves it before it says goodbye.
+    """
+    inner = inside(state)
+    have_the_state = any(map(_waits, inner))
+    return [worker for worker in inner if not (_waits(worker) or (worker.ready and worker.leaving and have_the_state))]
 
 
 def _is_cooling(now: float, state: State, worker: Worker) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection
 
 from elastic_batch.coordinator import events, journal
 from elastic_batch.coordinator.decide import AskRegroup, Decision, EndWorld, FormWorld, Wait
@@ -13,7 +12,7 @@ from elastic_batch.coordinator.losses import Doubt, Evict, LoseSight, RegainSigh
 from elastic_batch.coordinator.metrics import Cause
 from elastic_batch.coordinator.rendezvous import Store
 from elastic_batch.coordinator.rescale import Rescale
-from elastic_batch.coordinator.run import COMPLETE, Run
+from elastic_batch.coordinator.run import Run
 from elastic_batch.coordinator.state import Phase
 from elastic_batch.failpoints import reach
 from elastic_batch.protocol import Abort, End, Form, Probe, Regroup, Stop, is_loopback
@@ -73,14 +72,6 @@ class Decisions:
             self._run.metrics.rescaled(cause, seconds)
             logger.info("generation %d trains with %d workers", world.generation, len(world.members))
 
-    def doubt_the_end(self, gone: Collection[str]) -> None:
-        """Workers are gone without a word. Without the first one's the end of the job may be nowhere on a disk."""
-        state, world = self._run.state, self._run.state.world
-        is_unsaved = state.ended == COMPLETE and not events.lead_is_done(state)
-        if is_unsaved and world is not None and world.members[0] in gone:
-            logger.warning("the lead worker was lost before it had saved the end of the job: the rest is done again")
-            state.ended = None
-
     def end(self, reason: str) -> None:
         """The run is over: workers that wait for a world end; those in one know it themselves and are left alone."""
         run, state = self._run, self._run.state
@@ -121,7 +112,6 @@ class Decisions:
         if inner and not events.inside(state):
             self.rescale.decided(now, "loss")  # nobody is left to be told
         self._note_decision("evict", decision.reason)
-        self.doubt_the_end(decision.workers)
 
     def _doubt(self, now: float, decision: Doubt) -> None:
         run, world = self._run, self._run.state.world
@@ -151,6 +141,8 @@ class Decisions:
 
     def _form_world(self, now: float, decision: FormWorld) -> bool:
         run, state = self._run, self._run.state
+        if not any(events.is_inside(state, name) for name in decision.members):
+            state.generation = max(state.generation, run.newest_writer)
         generation = state.generation + 1
         try:
             run.journal.begin_world(generation, [run.member(name) for name in decision.members], decision.reason)

@@ -220,11 +220,6 @@ def world_announced(state: State, now: float, members: tuple[str, ...]) -> World
     return state.world
 
 
-def lead_is_done(state: State) -> bool:
-    """Whether the newest world's first worker, which saves the last state, has said goodbye."""
-    return state.world is None or state.world.members[0] in state.world.left
-
-
 def is_inside(state: State, name: str) -> bool:
     """Whether a worker is in the newest world, or waits after it."""
     world, worker = state.world, state.workers.get(name)

@@ -42,7 +42,7 @@ def bind(config: CoordinatorConfig, last_port: int) -> socket.socket:
 def public_url(config: CoordinatorConfig, listener: socket.socket) -> str:
     """Where others reach the listener."""
     scheme = "https" if config.tls_cert else "http"
-    host = config.advertise or (_own_address() if config.host in _WILDCARDS else config.host)
+    host = config.advertise or (_own_address(listener) if config.host in _WILDCARDS else config.host)
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
@@ -62,9 +62,11 @@ def _listen(host: str, port: int, family: socket.AddressFamily) -> socket.socket
     return listener
 
 
-def _own_address() -> str:
+def _own_address(listener: socket.socket) -> str:
     """The address of the interface that leads out; loopback where none does."""
     for family, anywhere in _ANYWHERE:
+        if family == socket.AF_INET6 != listener.family:
+            continue
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((anywhere, 9))
             return str(probe.getsockname()[0])

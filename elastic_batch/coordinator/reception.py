@@ -6,7 +6,7 @@ import json
 import logging
 
 from elastic_batch.coordinator import events
-from elastic_batch.coordinator.admission import admit, same_job, speaks_another_version
+from elastic_batch.coordinator.admission import admit, may_be_the_same_later, same_job, speaks_another_version
 from elastic_batch.coordinator.connections import Connection
 from elastic_batch.coordinator.decisions import Decisions
 from elastic_batch.coordinator.journal import JournalUnusable
@@ -50,6 +50,7 @@ class Reception:
     def __init__(self, run: Run, decisions: Decisions) -> None:
         self._run = run
         self._decisions = decisions
+        self._postponed: dict[str, Ready] = {}
 
     def hear(self, now: float, connection: Connection, text: str | bytes) -> bool:
         """Take in a message. Returns whether something may have to be decided now."""
@@ -67,6 +68,13 @@ class Reception:
             connection.close(BAD_MESSAGE, "the first message must be hello")
             return False
         return self._enter(now, connection, connection.hello.worker, message)
+
+    def try_again(self, now: float) -> None:
+        """Hear those once more that said they are ready too early to be judged."""
+        postponed, self._postponed = self._postponed, {}
+        for name, ready in postponed.items():
+            if (connection := self._run.connections.get(name)) is not None:
+                self._ready(now, connection, name, ready)
 
     def gone(self, now: float, connection: Connection) -> None:
         """A connection ended, for whatever reason."""
@@ -166,17 +174,19 @@ class Reception:
     def _ready(self, now: float, connection: Connection, name: str, ready: Ready) -> None:
         run = self._run
         if ready.job and (refusal := same_job(run, ready.job)) is not None:
-            self._refuse(connection, name, refusal)
+            if may_be_the_same_later(run, ready.job):
+                self._postponed[name] = ready
+            else:
+                self._refuse(connection, name, refusal)
             return
         if events.is_inside(run.state, name) and ready.broken:
             self._decisions.rescale.noticed(now)
-        if not events.inside(run.state):
-            run.state.generation = max(run.state.generation, ready.newest_writer)
+        run.newest_writer = max(run.newest_writer, ready.newest_writer)
         events.ready(
             run.state, now, name, after=ready.after, broken=ready.broken, num_micro_batches=ready.num_micro_batches
         )
-        if run.is_over:
-            run.connections.tell([name], End(reason=run.state.ended or ""))
+        if run.state.ended is not None:
+            run.connections.tell([name], End(reason=run.state.ended))
 
     def _progress(self, name: str, progress: Progress) -> None:
         state = self._run.state
@@ -199,7 +209,6 @@ class Reception:
         if bye.reason == "failed":
             self._decisions.rescale.noticed(now)
             events.exited(state, now, name, run.membership)
-            self._decisions.doubt_the_end([name])
         else:
             events.left(state, now, name)
         run.connections.remove(name, connection)

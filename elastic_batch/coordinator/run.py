@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from elastic_batch.coordinator import events
 from elastic_batch.coordinator.connections import Connections
 from elastic_batch.coordinator.journal import Journal, Member
 from elastic_batch.coordinator.metrics import WorldMetrics
@@ -40,6 +39,8 @@ class Run:
         record: The newest update's line in the metrics log.
         job: What alters the trajectory, as the first worker said; None: nobody has.
         stop_reason: Why the whole run is asked to stop; None: it is not.
+        is_concluding: Whether the job was complete, and its lead worker needs one more world to hear of it.
+        newest_writer: The newest generation that has written checkpoints of this run, as workers found it; -1: none.
         reason: Why things stand as they do.
         announce: Writes `coordinator.json`.
         clock: Monotonic seconds.
@@ -59,6 +60,8 @@ class Run:
     record: dict[str, Any] = field(default_factory=dict)
     job: dict[str, Any] | None = None
     stop_reason: str | None = None
+    is_concluding: bool = False
+    newest_writer: int = -1
     reason: str = "no worker yet"
     announce: Callable[[], None] = lambda: None
     clock: Callable[[], float] = time.monotonic
@@ -67,13 +70,9 @@ class Run:
 
     @property
     def rules(self) -> MembershipConfig:
-        """How membership is decided now: for the update after which a run stops, any workers will do."""
-        return self.membership if self.stop_reason is None else replace(self.membership, min_workers=1)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the run has ended, and its last state is where it belongs."""
-        return self.state.ended is not None and (self.state.ended != COMPLETE or events.lead_is_done(self.state))
+        """How membership is decided now: to stop or conclude a run, any workers will do."""
+        is_ending = self.is_concluding or self.stop_reason is not None
+        return replace(self.membership, min_workers=1) if is_ending else self.membership
 
     @property
     def is_out_of_reach(self) -> bool:

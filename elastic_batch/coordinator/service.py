@@ -100,7 +100,6 @@ class Service:
         events.exited(state, now, name, self.run.membership)
         self.run.connections.cut(name, 1000, "its process ended")
         self.run.store.forget(name)
-        self._decisions.doubt_the_end([name])
         self._decide_soon()
         return was_known
 
@@ -128,6 +127,7 @@ class Service:
     def _tick(self) -> None:
         now = self._now()
         self.run.store.expire(now)
+        self._reception.try_again(now)
         self._decide()
         self._decisions.write_down(now)
         if now - self._saved_at >= SAVE_SECONDS:
@@ -163,15 +163,15 @@ class Service:
         if run.stop_reason is not None and state.ended is None and not state.workers and run.is_out_of_reach:
             state.ended = f"stopped: {run.stop_reason}"
         if state.ended == COMPLETE and self._lead_waits():
-            logger.warning("the lead worker lost the others before it could save the end of the job: it does that now")
-            state.ended = None
+            logger.info("the lead worker lost the others at the very end: it concludes in a world of its own")
+            state.ended, run.is_concluding = None, True
             self._decide_soon()
         if state.ended is None:
             self._ended_at, self._told_end = None, False
             return
         if self._ended_at is None:
             self._ended_at = self._now()
-        if not self._told_end and run.is_over:
+        if not self._told_end:
             self._told_end = True
             logger.info("%s", state.ended)
             self._decisions.end(state.ended)

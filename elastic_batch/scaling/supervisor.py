@@ -68,7 +68,8 @@ class Supervisor:
         if settings.coordinator is not None and settings.log_dir is not None:
             self._coordinator = CoordinatorProcess(settings.coordinator, show, settings.log_dir)
         self._status = Status()
-        self._members: set[str] = set()  # of any world so far: their users' code may go on when training is over
+        self._members: set[str] = set()  # of the newest world: their users' code may go on when training is over
+        self._generation = -1
         self._heard_at = 0.0
         self._verdict: int | None = None
         self._stop: str | None = None
@@ -131,6 +132,8 @@ class Supervisor:
 
     def _take_status(self) -> None:
         position = self._status.position
+        if (generation := self._status.get("generation", -1)) > self._generation:
+            self._members, self._generation = set(), generation
         self._members |= self._status.members
         self._pool.progressed(position)
         if self._coordinator is not None:
@@ -207,7 +210,9 @@ class Supervisor:
         if self._verdict in (0, EXIT_STOPPED):
             await self._until_empty(_OUTSIDER_SECONDS)
             self._pool.signal(signal.SIGTERM, but=self._members)
-            await self._until_empty(None if self._pool.workers & self._members else _KILL_SECONDS)
+            while self._pool.workers & self._members:
+                await self._pool.wait_for_change(_POLL_SECONDS)
+            await self._until_empty(_KILL_SECONDS)
         else:
             self._pool.signal(signal.SIGTERM)
             await self._until_empty(_KILL_SECONDS)

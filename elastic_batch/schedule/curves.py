@@ -1,15 +1,16 @@
 """Learning-rate curves over the position: each rises, falls or stays, and never turns.
 
 `value(position)` is the learning rate; `until(position)` the first position at which it may differ from that;
-`before(position)` a curve that is equal wherever this one is, up to there.
+`description(start, stop)` a text that is another one for every curve that differs from start to before stop.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from array import array
-from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from dataclasses import dataclass
+from typing import Protocol
 
 
 class Curve(Protocol):
@@ -19,7 +20,7 @@ class Curve(Protocol):
 
     def until(self, position: int) -> float: ...
 
-    def before(self, position: int) -> Curve: ...
+    def description(self, start: int, stop: int) -> str: ...
 
 
 class _Formula:
@@ -27,8 +28,8 @@ class _Formula:
 
     __slots__ = ()
 
-    def before(self, position: int) -> Self:
-        return self
+    def description(self, start: int, stop: int) -> str:
+        return repr(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +133,13 @@ class Table:
     def until(self, position: int) -> float:
         return self.begin(self._entry(position) + 1)
 
-    def before(self, position: int) -> Table:
-        return replace(self, entries=self.entries[: self._entry(position - 1) + 1])
+    def description(self, start: int, stop: int) -> str:
+        first, last = (min(self._entry(position), len(self.entries) - 1) for position in (start, stop - 1))
+        entries = self.entries[first : last + 1]
+        if min(entries) == max(entries):
+            return Constant(entries[0]).description(start, stop)
+        period = f"{self.start} + {self.numerator}/{self.denominator}"
+        return f"{hashlib.sha256(entries.tobytes()).hexdigest()} every {period}"
 
     def begin(self, entry: int) -> int:
         """Give the first position at which an entry holds."""

@@ -106,7 +106,7 @@ class Schedule:
             position: 0 <= position <= end.
         """
         rules = [
-            (phase.start, phase.curve.before(min(position, phase.stop)), phase.batch, phase.momentum)
+            (phase.start, phase.curve.description(phase.start, min(position, phase.stop)), phase.batch, phase.momentum)
             for phase in self.phases
             if phase.start < position
         ]

@@ -83,7 +83,8 @@ class UpdateLoop:
         self._everybody_left = False  # the run itself was not stopped: it waits for other workers
         self._compiles = compiles
         self._has_looped = False
-        self._is_astray = False
+        # Who joins a world that trains already is alone in what its script does before the first update.
+        self._is_astray = progress.origin != machinery.engine.generation
         self._num_evaluations = 0
         self._plan: UpdatePlan | None = None
         self._failed_update: int | None = None
@@ -118,14 +119,14 @@ class UpdateLoop:
         concluded = False
         with stopping_on_signals(self.on_signal):
             try:
-                while not self.finished and progress.stop_reason is None:
-                    update = self._open()
-                    with self._standing.busy() if self._compiles else nullcontext():
-                        yield update
-                    self._compiles = False
-                    self._settle(update)
-                self._conclude()
-                concluded = True
+                while not concluded:
+                    while not self.finished and progress.stop_reason is None:
+                        update = self._open()
+                        with self._standing.busy() if self._compiles else nullcontext():
+                            yield update
+                        self._compiles = False
+                        self._settle(update)
+                    concluded = self._conclude()
                 if self._everybody_left and not self.finished:
                     self._say_goodbye()
             except GeneratorExit:
@@ -269,19 +270,27 @@ class UpdateLoop:
         self._membership.close()
         raise LeftWorld("this worker was told to leave", job_is_complete=False)
 
-    def _conclude(self) -> None:
-        """End together: nobody goes before the last state is saved, and known to be."""
-        while True:
-            self._standing.stage = "end"
-            try:
-                self._record_end()
-                exchange(self.engine, None, self.machinery.device)
-            except WorldBroken:
-                self._enter_next_world(broken=True)
-            else:
-                break
+    def _conclude(self) -> bool:
+        """End together: nobody goes before the last state is saved, and known to be.
+
+        Returns:
+            False if the world broke before all knew it, and there is another one.
+        """
+        progress = self._progress
+        self._standing.stage = "end"
+        try:
+            self._record_end()
+            exchange(self.engine, None, self.machinery.device)
+        except WorldBroken:
+            # The next world may have workers that know nothing of a stop: they have to agree on it once more.
+            progress.stop_wanted = progress.stop_wanted or progress.stop_reason
+            progress.stop_reason, self._everybody_left = None, False
+            self._enter_next_world(broken=True)
+            return False
+        self._is_astray, self._num_evaluations = False, 0
         stopped: Departure = "left" if self._everybody_left else "stopped"
         self._standing.stage, self._standing.ended = "user", "finished" if self.finished else stopped
+        return True
 
     def _record_end(self) -> None:
         collect = self._state.collect if self.machinery.is_whole else None
@@ -308,8 +317,8 @@ class UpdateLoop:
         progress = self._progress
         is_complete = isinstance(error, LeftWorld) and error.code == 0
         if self._membership.is_elastic and self.machinery.is_whole and progress.origin >= 0 and not is_complete:
-            position, num_updates = progress.position, progress.num_updates
-            self._recorder.save_alone(self._state.collect, position, num_updates, ended, broken=broken)
+            with self._standing.busy():
+                self._recorder.save_alone(self._state.collect, progress, ended, broken=broken)
 
     def restart_source(self) -> None:
         """Let batches come from this worker's place in the world, at the position where it stands."""

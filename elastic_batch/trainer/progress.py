@@ -44,7 +44,6 @@ class Progress:
             "origin": self.origin,
             "width": self.width,
             "header": None if self.header is None else self.header.summary,
-            "stop_reason": self.stop_reason,
         }
 
     def take(self, state: dict[str, Any]) -> None:
@@ -53,4 +52,3 @@ class Progress:
         self.position, self.num_updates, self.origin = state["position"], state["num_updates"], state["origin"]
         self.width = self.width or state["width"]
         self.header = None if header is None else Header.committed_elsewhere(*header)
-        self.stop_reason = state["stop_reason"]

@@ -16,7 +16,7 @@ from typing import Any
 
 from elastic_batch.checkpoint import Checkpoint, CheckpointInfo, CheckpointStore, Manifest, check_fingerprint
 from elastic_batch.engines import Engine
-from elastic_batch.errors import ElasticBatchError, RunDirectoryMissing
+from elastic_batch.errors import RunDirectoryMissing
 from elastic_batch.failpoints import reach
 from elastic_batch.noise import NoiseScaleEstimator
 from elastic_batch.rundir import Commit, Hold, read_run_id
@@ -281,7 +281,7 @@ class Recorder:
         self._summarize()
         self._outlets.sync()
 
-    def save_alone(self, collect: Collect, position: int, num_updates: int, ended: Engine, *, broken: bool) -> None:
+    def save_alone(self, collect: Collect, progress: Progress, ended: Engine, *, broken: bool) -> None:
         """Save the state of a worker that ends because there is no next world for it; the lead does so in `finish`.
 
         It may be the last one that has the state: the others were lost, or left it to this one. If it is not, no harm
@@ -289,21 +289,23 @@ class Recorder:
 
         Args:
             collect: Gives the state.
-            position: Samples committed.
-            num_updates: Updates committed.
+            progress: How far it is.
             ended: The world that this worker was in last.
             broken: Whether it broke: its lead may have been killed, and then it owes the ledger its last lines.
         """
         if self._outlets is not None or (location := self.checkpoint_location) is None:
             return
-        store = CheckpointStore(location, keep=self._options.keep, generation=ended.generation)
+        position, num_updates = progress.position, progress.num_updates
+        # The state may have come from a world after that one, which broke as it formed.
+        generation = max(ended.generation, progress.origin)
+        store = CheckpointStore(location, keep=self._options.keep, generation=generation)
         info = CheckpointInfo(position=position, update=num_updates, fingerprint=self._fingerprint_at(position))
         try:
-            if broken and self._options.run_dir is not None:
-                complete_ledger(self._options, self._commits)
             if (manifest := save_unless_saved(store, collect, info, turn=ended.rank)) is not None:
                 logger.info("saved checkpoint %s: this worker may be the last one", manifest.name)
-        except (ElasticBatchError, OSError) as error:
+            if broken:
+                complete_ledger(self._options, self._commits)
+        except Exception as error:
             logger.error("the state of update %d could not be saved: %s", num_updates, error)
 
     def close(self) -> None:

@@ -23,7 +23,8 @@ from elastic_batch.errors import InvalidSetting
 
 logger = logging.getLogger(__name__)
 
-_TURN_SECONDS, _MOST_TURNS = 0.05, 20
+_TURN_SECONDS, _BLIND_TURN_SECONDS = 0.05, 3.0
+"""Between two workers that may save the same; longer where neither sees that the other has begun."""
 _OTHERS_SECONDS = 15.0
 """How long another worker's writing is waited for: whoever sent the signal will not wait for ever."""
 
@@ -124,13 +125,14 @@ def save_unless_saved(
         ElasticBatchError: A newer world writes there now.
         OSError: The disk is full or fails.
     """
-    time.sleep(_TURN_SECONDS * min(turn, _MOST_TURNS))
+    seconds = _TURN_SECONDS if store.is_being_saved() is not None else _BLIND_TURN_SECONDS
+    time.sleep(min(turn * seconds, _OTHERS_SECONDS))
     patience = time.monotonic() + _OTHERS_SECONDS
     while store.is_being_saved() and time.monotonic() < patience:
         time.sleep(_TURN_SECONDS)
     if any((each.generation, each.position) >= (store.generation, info.position) for each in store.manifests()):
         return None
-    return store.save(collect(), info)
+    return store.save(collect(), info, clean=False)
 
 
 class Saver:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -20,6 +21,9 @@ from elastic_batch.protocol import PATH
 COORDINATOR, TOKEN_FILE, RUN_DIR = "ELASTIC_BATCH_COORDINATOR", "ELASTIC_BATCH_TOKEN_FILE", "ELASTIC_BATCH_RUN_DIR"
 SLOT, NAME, ADDRESS = "ELASTIC_BATCH_SLOT", "ELASTIC_BATCH_WORKER_NAME", "ELASTIC_BATCH_ADDRESS"
 ANNOUNCEMENT = "coordinator.json"
+
+
+_PASSING = {errno.ESTALE, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EINTR, errno.EAGAIN, errno.ETIMEDOUT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +123,8 @@ def _announcement(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except (PermissionError, ValueError) as error:
+    except (OSError, ValueError) as error:
+        _raise_if_passing(error)
         raise InvalidSetting(RUN_DIR, path.parent, f"must hold a readable {ANNOUNCEMENT} ({error})") from None
     return found if isinstance(found, dict) else {}
 
@@ -128,5 +133,12 @@ def _token(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8").strip()
     except OSError as error:
+        _raise_if_passing(error)
         raise InvalidSetting(TOKEN_FILE, path, f"must be readable ({error.strerror})") from None
     return str(_announcement(path).get("token", "")) if text.startswith("{") else text
+
+
+def _raise_if_passing(error: OSError | ValueError) -> None:
+    """Raise what another try may not meet, such as a network file system's handle that has gone stale."""
+    if isinstance(error, OSError) and error.errno in _PASSING:
+        raise error

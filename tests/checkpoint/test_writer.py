@@ -26,10 +26,10 @@ class SlowStore(CheckpointStore):
         self.started = threading.Semaphore(0)
         self.go_on = threading.Semaphore(0)
 
-    def save(self, state: dict[str, Any], info: CheckpointInfo) -> Manifest:
+    def save(self, state: dict[str, Any], info: CheckpointInfo, *, clean: bool = True) -> Manifest:
         self.started.release()
         assert self.go_on.acquire(timeout=TIMEOUT_SECONDS)
-        return super().save(state, info)
+        return super().save(state, info, clean=clean)
 
 
 def at(position: int) -> CheckpointInfo:

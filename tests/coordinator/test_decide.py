@@ -424,15 +424,6 @@ def test_the_last_one_that_leaves_is_waited_for_before_others_start() -> None:
     assert service.settle() == [FormWorld(("c",), "1 workers: c joined; a gone")]
 
 
-def test_one_that_leaves_but_never_says_goodbye_is_given_up() -> None:
-    service = running("a", "b", config=FOUR)
-    events.leaving(service.state, "b")
-    service.all_ready()
-    assert service.after(10.1) == [EndWorld("a worker did not come to the boundary that the others left at")]
-    assert service.after(10.1)[0] == Evict(("b",), "worker b did not come out of the world within 10 s")
-    assert service.world.members == ("a",)
-
-
 def test_a_worker_whose_connection_breaks_at_the_boundary_is_not_overlooked() -> None:
     service = running("a", config=FOUR)
     service.join("b")
@@ -597,3 +588,38 @@ def test_after_the_end_nothing_is_formed() -> None:
     assert service.join("b") == []
     assert service.reason == "the job is complete"
     assert service.exit("a") == []
+
+
+def test_nobody_waits_for_a_worker_that_came_out_to_leave() -> None:
+    service = running("a", "b", "x", config=MembershipConfig(min_workers=1, max_workers=3))
+    events.leaving(service.state, "x")
+    service.settle()
+    [formed] = [decision for decision in service.all_ready() if isinstance(decision, FormWorld)]
+    assert formed.members == ("a", "b")
+
+
+def test_the_last_worker_with_the_state_is_waited_for_until_it_has_saved_it() -> None:
+    service = running("a", "x", config=MembershipConfig(min_workers=1, max_workers=2))
+    service.join("n")
+    events.leaving(service.state, "x")
+    service.exit("a")
+    service.ready("x", broken=True)
+    assert not [decision for decision in service.settle() if isinstance(decision, FormWorld)]
+    service.beat("x", "wait", busy=600)
+    assert not [decision for decision in service.after(5 * service.config.gather) if isinstance(decision, FormWorld)]
+    events.left(service.state, service.now, "x")
+    [formed] = [decision for decision in service.settle() if isinstance(decision, FormWorld)]
+    assert formed.members == ("n",)
+
+
+def test_a_worker_that_never_says_goodbye_is_given_up() -> None:
+    service = running("a", "x", config=MembershipConfig(min_workers=1, max_workers=2))
+    service.join("n")
+    events.leaving(service.state, "x")
+    service.exit("a")
+    service.ready("x", broken=True)
+    service.settle()
+    assert [type(decision) for decision in service.after(service.config.gather + 1)] == [Evict]
+    [formed] = service.after(service.config.orphan_grace + 1)
+    assert isinstance(formed, FormWorld)
+    assert formed.members == ("n",)

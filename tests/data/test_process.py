@@ -102,7 +102,10 @@ def network_sockets(pid: int) -> set[str]:
     """Inodes of the TCP sockets that a process holds."""
     tables = [Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:] for table in ("tcp", "tcp6")]
     inodes = {line.split()[9] for table in tables for line in table}
-    links = {os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    links = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            links.add(os.readlink(entry))
     return {inode for inode in inodes if f"socket:[{inode}]" in links}
 
 

@@ -131,6 +131,31 @@ def test_user_code_after_training_is_not_ended_and_its_death_is_told(tmp_path: P
     assert "training is over, but local-0 was killed by SIGKILL" in shown
 
 
+def test_a_worker_that_fell_out_of_the_world_is_not_waited_for_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "_KILL_SECONDS", 0.5)
+    text = (
+        "import os, signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "time.sleep(4 if os.environ['SLOT'] == 'local-0' else 99)\n"
+    )
+    link = FakeLink({"workers": []})
+    settings = supervisor_settings(write_script(tmp_path, text), ("recipes",))
+
+    async def run() -> int:
+        supervisor = Supervisor(settings, link, lambda _: None)
+        working = asyncio.ensure_future(supervisor.run())
+        while len(workers := sorted(supervisor._pool.workers)) < 2:
+            await asyncio.sleep(0.01)
+        for generation, members in ((1, workers), (2, workers[:1])):
+            link.now = {"generation": generation, "workers": [{"name": name, "state": "active"} for name in members]}
+            while supervisor._generation < generation:
+                await asyncio.sleep(0.01)
+        return await asyncio.wait_for(working, 30)
+
+    assert asyncio.run(run()) == 0
+
+
 def test_more_workers_are_started_when_more_are_wanted_and_one_is_kept_warm(tmp_path: Path) -> None:
     link = FakeLink({"desired_workers": 1})
     base = supervisor_settings(write_script(tmp_path, SLEEP))
