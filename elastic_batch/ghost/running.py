@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ class RunningStatistics:
             module for module in model.modules() if isinstance(module, GhostNorm) and module.running_mean is not None
         ]
         self._key = object()  # by which the norms know whose they are; it must not keep `self` alive
+        # Without norms the sums are empty, and are still put together with what lies where the model is.
+        self._device = next((t.device for t in chain(model.parameters(), model.buffers())), torch.device("cpu"))
         self._attach()
         weakref.finalize(self, _detach, self._norms, self._key)
 
@@ -108,7 +110,8 @@ class RunningStatistics:
             Place(norm.num_features, _running(norm)[0].dtype, offset)
             for norm, offset in zip(self._norms, offsets, strict=False)
         ]
-        self._device = _running(self._norms[0])[0].device if self._norms else torch.device("cpu")
+        if self._norms:
+            self._device = _running(self._norms[0])[0].device
         self._pending = PendingSums(self._places, self._device)
         for index, (norm, place) in enumerate(zip(self._norms, self._places, strict=True)):
             norm._slot = Slot(self._key, self._pending, index, place.offset)

@@ -302,6 +302,11 @@ def test_norms_without_running_statistics_have_no_part() -> None:
     statistics.commit(statistics.sums())
 
 
+@pytest.mark.parametrize("model", [nn.Linear(3, 3, device="meta"), build().to("meta")], ids=["no norms", "norms"])
+def test_sums_lie_where_the_model_is(model: nn.Module) -> None:
+    assert RunningStatistics(model).sums().device.type == "meta"
+
+
 def test_sums_of_another_model_are_refused() -> None:
     statistics = RunningStatistics(build())
     with pytest.raises(InvalidSetting, match=r"must have the shape of this model's sums\(\), \(20,\)"):
