@@ -33,6 +33,7 @@ class Plan:
     Args:
         job: What to train.
         num_updates: It stops after so many.
+        end: Samples after which its schedule ends, before it grows; None: that of `SCHEDULE`.
         owns_loop: Whether the test's own loop drives the updates, or the trainer owns the step.
         options: Further keyword arguments of the trainer.
     """
@@ -41,6 +42,16 @@ class Plan:
     num_updates: int = 100
     owns_loop: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    end: int | None = None
+
+
+def _short(end: int) -> StepsSchedule:
+    return StepsSchedule.of(
+        strategy="steps",
+        global_batch_size=jobs.FIRST_BATCH,
+        points=f"0:{jobs.FIRST_BATCH}",
+        max_duration=f"{end}sp",
+    )
 
 
 def make_trainer(plan: Plan, membership: Membership) -> Trainer:
@@ -49,7 +60,7 @@ def make_trainer(plan: Plan, membership: Membership) -> Trainer:
         model,
         jobs.sgd(model),
         plan.job.dataset(plan.job.dtype),
-        SCHEDULE,
+        SCHEDULE if plan.end is None else _short(plan.end),
         loss_fn=None if plan.owns_loop else plan.job.loss_fn,
         membership=membership,
         **{
@@ -194,13 +205,18 @@ def count_collectives(inner: Engine, plan: Plan) -> tuple[int, int, dict[str, An
 
 
 def evaluate_after_a_break(engine: Engine, plan: Plan, broken_at: int | None) -> tuple[list[float], dict[str, Any]]:
-    """Evaluate twice after each update; returns what was found, and the final state.
+    """Train to the end, evaluate twice after each update and once after all; returns what was found, and the state.
 
     In update `broken_at` the world breaks such that the first worker has committed and the last one has not.
     """
     found = []
     failing = FailingEngine(engine, None)
     with make_trainer(plan, RecoveringMembership(failing)) as trainer:
+
+        def evaluate() -> float:
+            mean: float = trainer.evaluate(trainer._train_set, losses_of_tokens)["loss"]
+            return mean
+
         for update in trainer.updates():
             for batch in update:
                 loss_sum, weight = jobs.token_loss(trainer.model, batch)
@@ -212,10 +228,8 @@ def evaluate_after_a_break(engine: Engine, plan: Plan, broken_at: int | None) ->
                 raise AssertionError("the others have committed it")
             if update.index == broken_at and is_first:
                 failing.fail_at, failing.at = failing.num_collectives, "launch"
-            found += [trainer.evaluate(trainer._train_set, losses_of_tokens)["loss"] for _ in range(2)]
-            if trainer.num_updates == plan.num_updates:
-                break
-        return found, state_of(trainer.model, trainer._optimizer.optimizer)
+            found += [evaluate(), evaluate()]
+        return [*found, evaluate()], state_of(trainer.model, trainer._optimizer.optimizer)
 
 
 def stop_on_one_worker(engine: Engine, plan: Plan, rank: int, after: int) -> tuple[int, str | None]:

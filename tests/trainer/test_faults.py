@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.engines import FailingEngine, RecoveringMembership
-from support.jobs import IMAGES, TOKENS
+from support.jobs import FIRST_BATCH, IMAGES, TOKENS
 from support.reference import largest_difference
 from support.training import (
     Plan,
@@ -54,10 +54,13 @@ def test_a_failure_of_any_collective_leaves_no_trace_on_two_workers() -> None:
             _assert_equal(state, expected)
 
 
-def test_a_worker_that_got_an_update_from_the_others_evaluates_alone_until_the_next() -> None:
-    plan = Plan(TOKENS, num_updates=4, owns_loop=True, options={"check_loss": False, "check_every": 1})
+@pytest.mark.parametrize("broken_at", [1, 3])
+def test_a_worker_that_got_an_update_from_the_others_evaluates_alone_until_the_next(broken_at: int) -> None:
+    options = {"check_loss": False, "check_every": 1}
+    plan = Plan(TOKENS, owns_loop=True, options=options, end=4 * FIRST_BATCH)
     expected, state = evaluate_after_a_break(SoloEngine(), plan, None)
-    for found, end in run_world(2, evaluate_after_a_break, plan, 1):
+    assert len(expected) == 2 * 4 + 1
+    for found, end in run_world(2, evaluate_after_a_break, plan, broken_at):
         assert found == pytest.approx(expected, rel=1e-12)
         assert largest_difference(end, state) < 1e-12
 
