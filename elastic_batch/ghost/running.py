@@ -60,6 +60,8 @@ class RunningStatistics:
         """Forget what was collected: an update begins, or begins again."""
         if any(_is_elsewhere(norm, place, self._device) for norm, place in zip(self._norms, self._places, strict=True)):
             self._attach()  # the model was moved or converted to another type
+        elif self._momenta != [norm.momentum for norm in self._norms]:
+            self._prepare_commit()
         self._pending.clear()
 
     def sums(self) -> Tensor:
@@ -126,10 +128,11 @@ class RunningStatistics:
         self._counts_at = (~is_value).nonzero().flatten().to(device)
         repeats = torch.tensor([2 * place.num_features for place in self._places], dtype=torch.long)
         self._norm_of = torch.arange(len(self._norms)).repeat_interleave(repeats).to(device)
-        momenta = [norm.momentum for norm in self._norms]
-        self._any_cumulative = None in momenta
-        self._is_cumulative = torch.tensor([momentum is None for momentum in momenta], device=device)
-        self._bases = torch.tensor([1 - (momentum or 0) for momentum in momenta], dtype=torch.float64, device=device)
+        self._momenta = [norm.momentum for norm in self._norms]
+        self._any_cumulative = None in self._momenta
+        self._is_cumulative = torch.tensor([momentum is None for momentum in self._momenta], device=device)
+        bases = [1 - (momentum or 0) for momentum in self._momenta]
+        self._bases = torch.tensor(bases, dtype=torch.float64, device=device)
 
 
 def _running(norm: GhostNorm) -> tuple[Tensor, Tensor]:

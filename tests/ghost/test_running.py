@@ -110,6 +110,19 @@ def test_momentum_none_is_the_mean_over_all_ghosts_ever_seen() -> None:
     torch.testing.assert_close(norm.running_var, torch.stack([ghost.var(0) for ghost in ghosts]).mean(0))
 
 
+@pytest.mark.parametrize("momentum", [0.5, None])
+def test_a_momentum_that_is_changed_counts_from_the_next_update_on(momentum: float | None) -> None:
+    alone, watched = (GhostBatchNorm1d(3, 2, dtype=torch.float64) for _ in range(2))
+    statistics = RunningStatistics(watched)
+    alone.momentum = watched.momentum = momentum
+    x = torch.randn(4, 3, dtype=torch.float64)
+    alone(x)
+    statistics.begin()
+    watched(x)
+    statistics.commit(statistics.sums())
+    assert_equal(buffers(watched), buffers(alone))
+
+
 def test_an_update_in_one_pass_equals_one_forward_of_a_norm_alone() -> None:
     alone, watched = build(), build()
     statistics = RunningStatistics(watched)
