@@ -25,6 +25,8 @@ class SteeredOptimizer:
             the averaged gradient (1 - m) v and lets the step follow lr / (1 - m) at once.
 
     Attributes:
+        parameters: Every trained parameter once, in the optimizer's order: those that require gradients now. They may
+            be frozen and thaw later; others may not begin to.
         base_learning_rate: Of the first parameter group.
         ratios: Each group's learning rate by the first one's.
         momentum: What the noise scale takes for momentum at the start.
@@ -48,6 +50,9 @@ class SteeredOptimizer:
         self.is_adaptive = _is_of_adam_family(optimizer) if is_adaptive is None else is_adaptive
         self._momentum_correction = momentum_correction
         self._stepping = False
+        given = dict.fromkeys(parameter for group in optimizer.param_groups for parameter in group["params"])
+        self.parameters: list[Parameter] = [parameter for parameter in given if parameter.requires_grad]
+        self._untrained = [parameter for parameter in given if not parameter.requires_grad]
         base = [_number(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
         self.base_learning_rate = base[0]
         self.ratios = [rate / base[0] if base[0] else 1.0 for rate in base]
@@ -55,12 +60,6 @@ class SteeredOptimizer:
         self._guard = optimizer.register_step_pre_hook(self._refuse_foreign_step)
         # A worker alone would not notice before its first update of two passes.
         setattr(optimizer, "zero_grad", _refuse_zero_grad)  # noqa: B010 # a method, to a type checker
-
-    @property
-    def parameters(self) -> list[Parameter]:
-        """Every trained parameter once, in the optimizer's order."""
-        found = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        return list(dict.fromkeys(parameter for parameter in found if parameter.requires_grad))
 
     def require_momenta(self, momenta: Collection[float]) -> None:
         """See that the optimizer can be given every momentum of a schedule.
@@ -75,7 +74,7 @@ class SteeredOptimizer:
             )
 
     def check(self) -> None:
-        """See that nobody else has changed a learning rate.
+        """See that nobody else has changed a learning rate, or what is trained.
 
         Raises:
             MisusedTrainer: Somebody has.
@@ -84,6 +83,12 @@ class SteeredOptimizer:
             raise MisusedTrainer(
                 f"the optimizer has {len(self.optimizer.param_groups)} parameter groups, and had {len(self._expected)} "
                 "when the trainer was made; add all groups before"
+            )
+        if any(parameter.requires_grad for parameter in self._untrained):
+            # Nobody adds its gradients up, or clears them.
+            raise MisusedTrainer(
+                "a parameter of the optimizer requires gradients, and did not when the trainer was made; have all that "
+                "will be trained require gradients then, and freeze those that are to wait afterwards"
             )
         for group, expected in zip(self.optimizer.param_groups, self._expected, strict=True):
             if _number(group["lr"]) != expected:
@@ -166,6 +171,13 @@ def _refuse_unsuitable(optimizer: Any) -> None:
             "optimizer", "LBFGS", "must step without a closure", "Use SGD, Adam, AdamW or another first-order optimizer"
         )
     for group in optimizer.param_groups:
+        if any(parameter.is_complex() and parameter.requires_grad for parameter in group["params"]):
+            raise InvalidSetting(
+                "optimizer",
+                "complex parameters",
+                "must train real numbers",
+                "Keep the real view as the parameter: torch.view_as_real(tensor), and torch.view_as_complex in forward",
+            )
         if group.get("dampening"):
             raise InvalidSetting(
                 "optimizer.dampening", group["dampening"], "must be 0, because the noise scale lr / (1 - m) assumes it"

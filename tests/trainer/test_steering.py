@@ -105,6 +105,7 @@ def test_a_direct_step_is_refused_until_the_optimizer_is_let_go() -> None:
         (lambda: [torch.optim.SGD([_parameter()], lr=0.1)] * 2, "must be one optimizer"),
         (lambda: torch.optim.LBFGS([_parameter()]), "without a closure"),
         (lambda: torch.optim.SGD([_parameter()], lr=0.1, momentum=0.9, dampening=0.1), "dampening = 0.1: must be 0"),
+        (lambda: torch.optim.SGD([nn.Parameter(torch.ones(1, dtype=torch.complex64))]), "must train real numbers"),
         (lambda: "sgd", "must be a torch.optim.Optimizer"),
     ],
 )
@@ -118,6 +119,19 @@ def test_every_trained_parameter_is_listed_once() -> None:
     shared, frozen = _parameter(), nn.Parameter(torch.zeros(1), requires_grad=False)
     optimizer = torch.optim.SGD([{"params": [shared, frozen]}], lr=0.1)
     assert SteeredOptimizer(optimizer).parameters == [shared]
+
+
+def test_a_parameter_may_thaw_only_if_it_was_trained_at_the_start() -> None:
+    trained, untrained = _parameter(), nn.Parameter(torch.zeros(1), requires_grad=False)
+    steered = SteeredOptimizer(torch.optim.SGD([trained, untrained], lr=0.1))
+    trained.requires_grad_(False)
+    steered.check()
+    trained.requires_grad_(True)
+    steered.check()
+    assert steered.parameters == [trained]
+    untrained.requires_grad_(True)
+    with pytest.raises(MisusedTrainer, match="freeze those that are to wait afterwards"):
+        steered.check()
 
 
 def test_parameter_groups_that_come_later_are_refused() -> None:
