@@ -205,7 +205,9 @@ def count_collectives(inner: Engine, plan: Plan) -> tuple[int, int, dict[str, An
 
 
 def evaluate_after_a_break(engine: Engine, plan: Plan, broken_at: int | None) -> tuple[list[float], dict[str, Any]]:
-    """Train to the end, evaluate twice after each update and once after all; returns what was found, and the state.
+    """Train to the end, evaluate twice after each update but the last and once after the loop.
+
+    Returns what was found, and the final state.
 
     In update `broken_at` the world breaks such that the first worker has committed and the last one has not.
     """
@@ -228,7 +230,8 @@ def evaluate_after_a_break(engine: Engine, plan: Plan, broken_at: int | None) ->
                 raise AssertionError("the others have committed it")
             if update.index == broken_at and is_first:
                 failing.fail_at, failing.at = failing.num_collectives, "launch"
-            found += [evaluate(), evaluate()]
+            if not trainer.finished:
+                found += [evaluate(), evaluate()]
         return [*found, evaluate()], state_of(trainer.model, trainer._optimizer.optimizer)
 
 

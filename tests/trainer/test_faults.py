@@ -59,7 +59,7 @@ def test_a_worker_that_got_an_update_from_the_others_evaluates_alone_until_the_n
     options = {"check_loss": False, "check_every": 1}
     plan = Plan(TOKENS, owns_loop=True, options=options, end=4 * FIRST_BATCH)
     expected, state = evaluate_after_a_break(SoloEngine(), plan, None)
-    assert len(expected) == 2 * 4 + 1
+    assert len(expected) == 2 * 3 + 1
     for found, end in run_world(2, evaluate_after_a_break, plan, broken_at):
         assert found == pytest.approx(expected, rel=1e-12)
         assert largest_difference(end, state) < 1e-12
