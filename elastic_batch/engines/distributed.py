@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -175,12 +176,15 @@ class DistributedEngine:
         except RuntimeError as error:
             raise WorldBroken(_first_line(error), self.generation) from None
         self._works.append(work)
-        return _Pending(self, work)
+        return _Pending(self, work, tensor.device)
 
-    def wait_for(self, work: dist.Work) -> None:
-        """Wait for a collective; raises RuntimeError if it failed."""
+    def wait_for(self, work: dist.Work, device: torch.device) -> None:
+        """Wait for a collective on `device`; raises RuntimeError if it failed."""
         if self._backend != "gloo":
             work.wait()
+            # That only orders streams. An abort ends a running collective as if it were done, so that only a check
+            # which comes after its end cannot miss the abort.
+            torch.cuda.current_stream(device).synchronize()
             return
         while not work.is_completed():
             with suppress(RuntimeError):  # its time is up, or it failed, which the wait below tells
@@ -201,12 +205,12 @@ class DistributedEngine:
 class _Pending:
     """The handle of a collective that torch.distributed carries."""
 
-    def __init__(self, engine: DistributedEngine, work: dist.Work) -> None:
-        self._engine, self._work = engine, work
+    def __init__(self, engine: DistributedEngine, work: dist.Work, device: torch.device) -> None:
+        self._engine, self._work, self._device = engine, work, device
 
     def wait(self) -> None:
         try:
-            self._engine.wait_for(self._work)
+            self._engine.wait_for(self._work, self._device)
         except RuntimeError as error:
             # The cause is dropped on purpose: its traceback would keep the process group, hence its connections, alive.
             raise WorldBroken(_first_line(error), self._engine.generation) from None
@@ -238,6 +242,8 @@ def _gloo_device(address: str) -> Any:
 
 
 def _nccl_group(store: Store, rank: int, size: int, device: torch.device, timeout: timedelta) -> Any:
+    # Else torch's watchdog ends the process when a collective fails or is late: here the engine aborts the group.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     group = dist.ProcessGroupNCCL(store, rank, size, options)

@@ -22,7 +22,7 @@ class Handle(Protocol):
     """A collective under way."""
 
     def wait(self) -> None:
-        """Return when the result is in the tensor (on CUDA: when it is ordered before later work of this stream).
+        """Return when the result is in the tensor, on CUDA too: an abort that comes before that must be seen here.
 
         Raises:
             WorldBroken: The collective failed or the world was aborted.

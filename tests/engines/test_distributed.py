@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from contextlib import nullcontext
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from elastic_batch.engines import DistributedEngine
+from elastic_batch.engines.distributed import _nccl_group
 from elastic_batch.errors import WorldBroken
 
 
@@ -78,3 +83,37 @@ def test_a_collective_that_ends_just_when_a_wait_gives_up_ends_as_it_did(error: 
     handle = DistributedEngine(group, "gloo", generation=3).all_reduce(torch.zeros(1))
     with nullcontext() if error is None else pytest.raises(WorldBroken, match=error):
         handle.wait()
+
+
+class NcclGroup(GroupThatLosesWork):
+    """A group whose waits only order streams."""
+
+    class Options:
+        pass
+
+    def __init__(self, *_: object) -> None:
+        super().__init__()
+        self.work.over.set()
+        self.error_handling = os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING")
+
+    def eager_connect_single_device(self, device: torch.device) -> None:
+        pass
+
+    def abort(self) -> None:
+        pass
+
+
+def test_an_abort_while_a_collective_runs_on_a_gpu_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = DistributedEngine(NcclGroup(), "nccl", generation=3)
+    # The stream gets to the collective's end because of the abort.
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=engine.abort))
+    handle = engine.all_reduce(torch.zeros(1))
+    with pytest.raises(WorldBroken, match="aborted"):
+        handle.wait()
+
+
+def test_torch_leaves_failures_of_formed_worlds_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", NcclGroup, raising=False)
+    group = _nccl_group(Store(), 0, 2, torch.device("cuda"), timedelta(seconds=1))
+    assert group.error_handling == "0"
