@@ -1,4 +1,4 @@
-"""Whether the workers of a world still have the same parameters."""
+"""Whether the workers of a world have the same: parameters, above all."""
 
 from __future__ import annotations
 
@@ -36,12 +36,15 @@ def require_same_parameters(engine: Engine, parameters: list[nn.Parameter], upda
     """
     if engine.size == 1:
         return
-    if ranks := _deviating_ranks(engine, digest(parameters), parameters[0].device):
+    if ranks := deviating_ranks(engine, digest(parameters), parameters[0].device):
         raise WorkersDiverged(update, ranks)
 
 
-def _deviating_ranks(engine: Engine, value: int, device: torch.device) -> list[int]:
-    """Ranks whose `value`, in [0, 2^53), is not that of most workers; of rank 0 where there is no majority."""
+def deviating_ranks(engine: Engine, value: int, device: torch.device) -> list[int]:
+    """Ranks whose `value`, in [0, 2^53), is not that of most workers; of rank 0 where there is no majority.
+
+    A collective.
+    """
     row = torch.zeros(engine.size, dtype=torch.float64, device=device)
     row[engine.rank] = value
     engine.all_reduce(row).wait()

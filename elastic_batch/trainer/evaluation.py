@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from typing import Any, cast
@@ -14,6 +16,7 @@ from elastic_batch.data import WorkerInit, to_device
 from elastic_batch.engines import Engine
 from elastic_batch.errors import MisusedTrainer, WorkerFailed
 from elastic_batch.shares import share
+from elastic_batch.trainer.agreement import deviating_ranks
 from elastic_batch.trainer.failures import exchange, judge, texts
 
 Pair = tuple[Tensor | float, Tensor | float]
@@ -53,9 +56,11 @@ def evaluate(
     Each worker runs a contiguous part; one without samples runs the first batch with weight 0, to know the names.
 
     Returns:
-        Name -> sum of sums / sum of weights; the name is `UNNAMED` where `measure` gives a single pair.
+        Name -> sum of sums / sum of weights, NaN where these are 0, sorted by name; the name is `UNNAMED` where
+        `measure` gives a single pair.
 
     Raises:
+        MisusedTrainer: `measure` gives other names on some worker, or the data set is empty; every worker raises it.
         WorkerFailed: `measure` or the data failed on some worker; every worker raises it.
         WorldBroken: The world broke meanwhile.
     """
@@ -99,11 +104,27 @@ def _total(
     failures = exchange(engine, judge(error, 1) if error else None, device)
     if failures:
         raise WorkerFailed("the evaluation", texts(failures)) from error
-    if not totals:
+    names = sorted(totals)
+    _require_same_names(engine, names, device)
+    if not names:
         raise MisusedTrainer("the data set to evaluate on is empty")
-    summed = torch.stack(list(totals.values()))  # (name, sum and weight)
+    summed = torch.stack([totals[name] for name in names])  # (name, sum and weight)
     engine.all_reduce(summed).wait()
-    return {name: value / weight for name, (value, weight) in zip(totals, summed.tolist(), strict=True)}
+    return {
+        name: value / weight if weight else math.nan
+        for name, (value, weight) in zip(names, summed.tolist(), strict=True)
+    }
+
+
+def _require_same_names(engine: Engine, names: list[str], device: torch.device) -> None:
+    """See that what is added up over the workers belongs together."""
+    digest = hashlib.sha256("\0".join(names).encode()).digest()
+    if engine.size > 1 and (ranks := deviating_ranks(engine, int.from_bytes(digest[:6]), device)):
+        raise MisusedTrainer(
+            f"the measure gives other names on workers {', '.join(map(str, ranks))} than on the others; here it gives "
+            f"{', '.join(map(repr, names)) or 'none'}. Give every name for each batch, with weight 0 where nothing "
+            "counts"
+        )
 
 
 def _named(result: Pair | Mapping[str, Pair]) -> Mapping[str, Pair]:

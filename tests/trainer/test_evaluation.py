@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.evaluations import evaluate_classes
 from support.jobs import TOKENS
 from support.training import Plan, make_trainer
+from support.worlds import run_world
 from torch import nn
 
 from elastic_batch.engines import FixedWorld, SoloEngine
@@ -45,3 +48,18 @@ def test_a_single_pair_is_a_number_recorded_under_the_functions_name(
     with make_trainer(plan, FixedWorld(SoloEngine())) as trainer:
         assert trainer.evaluate(trainer._train_set, measure) == result
     assert [record["metrics"] for record in read_evaluations(tmp_path / "run")] == [metrics]
+
+
+def test_names_belong_together_whatever_their_order() -> None:
+    found = run_world(2, evaluate_classes, [["cat", "horse"], ["horse", "cat"]])
+    assert found == [{"cat": 3.0, "horse": 5.0}] * 2
+
+
+def test_other_names_on_another_worker_are_refused_on_all() -> None:
+    for error, own in zip(run_world(2, evaluate_classes, [["cat"], ["horse"]]), ("cat", "horse"), strict=True):
+        assert f"other names on workers 1 than on the others; here it gives '{own}'" in error
+
+
+def test_a_mean_of_nothing_is_not_a_number() -> None:
+    with make_trainer(Plan(TOKENS, owns_loop=True), FixedWorld(SoloEngine())) as trainer:
+        assert math.isnan(trainer.evaluate(trainer._train_set, lambda *_: (0.0, 0)))
