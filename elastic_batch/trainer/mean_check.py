@@ -8,23 +8,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from elastic_batch.errors import MisusedTrainer
+from elastic_batch.randomness import cuda_generator
 
 _TOLERANCE = 2e-3
 """Relative: above what TF32 rounding does to a gradient, below what a wrong mean shows even in an untrained model."""
 
 
 class MeanCheck:
-    """Compares a loss's gradient over a micro-batch with those over its halves, in evaluation mode and uncompiled.
+    """Compares a loss's gradient over a micro-batch with those over its halves, uncompiled and without randomness.
 
     With `ignore_index`, class weights or negatives taken from the batch, a mean over the batch is not the mean of its
     samples' losses, and dividing the summed gradient by the number of samples would change with the micro-batch size.
     Gradients show that where losses do not: in an untrained classifier all samples have nearly the same loss.
 
+    Norms, dropout and whatever else has no modules inside are in evaluation mode meanwhile, where samples do not
+    influence each other. The rest of the model stays as it is, because some models answer with something else in
+    evaluation mode; but if that draws at random, there is a second round with all of it in evaluation mode.
+
     Args:
-        model: Put into evaluation mode meanwhile, where samples do not influence each other.
+        model: Every module's own mode is put back.
         batch: A micro-batch.
         num_samples: Its samples, along the first axis of its tensors.
     """
@@ -43,17 +49,34 @@ class MeanCheck:
         half = self._num_samples // 2
         if half == 0 or not _has_samples_first(self._batch, self._num_samples):
             return
-        modes = [(module, module.training) for module in self._model.modules()]
-        self._model.eval()
+        before = self._random_state()
+        yield from self._round([module for module in self._model.modules() if _is_plain(module)], half)
+        if self._random_state() != before:
+            yield from self._round(list(self._model.modules()), half)
+
+    def _round(self, modules: list[nn.Module], half: int) -> Iterator[Any]:
+        """The parts, with these modules in evaluation mode."""
+        self._differences, self._norms = (None,) * len(self._parameters), []
+        modes = [(module, module.training) for module in modules]
+        with_cudnn = torch.backends.cudnn.enabled
+        for module in modules:
+            module.training = False
+        # Recurrent layers of cuDNN have no backward in evaluation mode.
+        torch.backends.cudnn.enabled = False
         try:
-            # Recurrent layers of cuDNN have no backward in evaluation mode.
-            with torch.compiler.set_stance("force_eager"), torch.backends.cudnn.flags(enabled=False):
+            with torch.compiler.set_stance("force_eager"):
                 for start, stop in ((0, self._num_samples), (0, half), (half, self._num_samples)):
                     self._share = (stop - start) / self._num_samples
                     yield _slice(self._batch, start, stop)
         finally:
+            torch.backends.cudnn.enabled = with_cudnn
             for module, mode in modes:
                 module.training = mode
+
+    def _random_state(self) -> list[list[int]]:
+        on_device = cuda_generator(self._parameters[0].device if self._parameters else None)
+        generators = [torch.default_generator, *([] if on_device is None else [on_device])]
+        return [generator.get_state().tolist() for generator in generators]
 
     def record(self, loss: Tensor) -> None:
         """Take the mean loss of the part at hand."""
@@ -84,6 +107,11 @@ class MeanCheck:
             )
 
 
+def _is_plain(module: nn.Module) -> bool:
+    # A norm counts as one though some have their activation inside.
+    return isinstance(module, _BatchNorm) or next(module.children(), None) is None
+
+
 def _has_samples_first(batch: Any, num_samples: int) -> bool:
     tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
     return bool(tensors) and all(tensor.dim() > 0 and tensor.shape[0] == num_samples for tensor in tensors)
@@ -102,4 +130,6 @@ def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 
 
 def _norm(gradients: Iterable[Tensor | None]) -> float:
-    return math.hypot(*(float(torch.linalg.vector_norm(gradient)) for gradient in gradients if gradient is not None))
+    # Those of embeddings may be sparse.
+    dense = (gradient.to_dense() for gradient in gradients if gradient is not None)
+    return math.hypot(*(float(torch.linalg.vector_norm(gradient)) for gradient in dense))

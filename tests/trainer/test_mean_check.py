@@ -24,10 +24,10 @@ def _batch() -> tuple[Tensor, Tensor]:
 def _check(loss: Callable[[Any], Tensor]) -> None:
     check = MeanCheck(_MODEL, _batch(), 8)
     for part in check.parts():
-        assert not _MODEL.training
+        assert not _MODEL[1].training
         check.record(loss(part))
     check.verify()
-    assert _MODEL.training
+    assert _MODEL[1].training
 
 
 def test_a_mean_over_samples_passes_though_norms_and_dropout_couple_them() -> None:
@@ -85,3 +85,67 @@ def test_batches_that_cannot_be_halved_are_left_alone() -> None:
 def test_nested_batches_are_halved_along_the_samples() -> None:
     parts = list(MeanCheck(_MODEL, {"a": [torch.arange(5)], "name": "x"}, 5).parts())
     assert [part["a"][0].tolist() for part in parts] == [[0, 1, 2, 3, 4], [0, 1], [2, 3, 4]]
+
+
+class AnswersOtherwise(nn.Module):
+    """Like a model with auxiliary outputs in training, whose inner parts couple samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
+
+    def forward(self, x: Tensor) -> Any:
+        scores = self.inner(x)
+        return (scores, scores) if self.training else scores
+
+
+def test_a_model_that_answers_otherwise_in_evaluation_mode_answers_as_in_training() -> None:
+    model = AnswersOtherwise()
+    check = MeanCheck(model, _batch(), 8)
+    num_parts = 0
+    for inputs, targets in check.parts():
+        scores, auxiliary = model(inputs)
+        check.record(F.cross_entropy(scores, targets) + F.cross_entropy(auxiliary, targets))
+        num_parts += 1
+    check.verify()
+    assert num_parts == 3
+
+
+def test_functional_dropout_is_found_and_switched_off_with_the_whole_model() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(self.inner(x), 0.5, self.training)
+
+    model = Net()
+    check = MeanCheck(model, _batch(), 8)
+    modes = []
+    for inputs, targets in check.parts():
+        modes.append(model.training)
+        check.record(F.cross_entropy(model(inputs), targets))
+    check.verify()
+    assert modes == [True] * 3 + [False] * 3
+    assert model.training
+
+
+def test_sparse_gradients_are_compared_too() -> None:
+    model = nn.Embedding(5, 3, sparse=True)
+    check = MeanCheck(model, torch.tensor([0, 1, 2, 2]), 4)
+    for part in check.parts():
+        check.record(model(part).square().sum())
+    with pytest.raises(MisusedTrainer, match="not a mean over samples"):
+        check.verify()
+
+
+def test_only_the_use_of_cudnn_changes_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: bool) -> None:
+        raise RuntimeError("mix of the legacy and new APIs to set the TF32 behaviour")
+
+    monkeypatch.setattr(torch.backends.cudnn, "flags", refuse)
+    enabled = torch.backends.cudnn.enabled
+    for _ in MeanCheck(_MODEL, _batch(), 8).parts():
+        assert not torch.backends.cudnn.enabled
+    assert torch.backends.cudnn.enabled == enabled
