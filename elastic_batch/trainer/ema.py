@@ -17,7 +17,8 @@ class EMA:
 
     Because its clock is the position, a growing batch leaves the averaged stretch of training as long as it was.
     Attached to a trainer (`trainer.attach(ema=ema)`) it follows every commit and is part of each checkpoint. Buffers
-    are copied.
+    are copied. Averages of parameters narrower than float32 are kept in float32, because most steps are too small for
+    such a type to show; the averaged model has them rounded, the state as they are.
 
     Args:
         model: The model that trains; it is copied.
@@ -36,18 +37,34 @@ class EMA:
         self.horizon = horizon
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self._source = model
+        self._averages: dict[str, Tensor] = {
+            name: average.float() if average.dtype.itemsize < 4 else average
+            for name, average in self.model.named_parameters()
+        }
 
     @torch.no_grad()
     def after_update(self, num_samples: int) -> None:
         """Take in the model after an update of `num_samples` samples: part 1 - exp(-num_samples / horizon) of it."""
         part = -math.expm1(-num_samples / self.horizon)
-        averages: list[Tensor] = list(self.model.parameters())
-        torch._foreach_lerp_(averages, list[Tensor](self._source.parameters()), part)
+        averages = list(self._averages.values())
+        sources = [
+            source.to(average.dtype) for source, average in zip(self._source.parameters(), averages, strict=True)
+        ]
+        torch._foreach_lerp_(averages, sources, part)
+        self._round()
         for average, buffer in zip(self.model.buffers(), self._source.buffers(), strict=True):
             average.copy_(buffer)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.model.state_dict()
+        return self.model.state_dict() | self._averages
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state)
+        for name, average in self._averages.items():
+            average.copy_(state[name])
+
+    def _round(self) -> None:
+        for rounded, average in zip(self.model.parameters(), self._averages.values(), strict=True):
+            if rounded is not average:
+                rounded.copy_(average)
