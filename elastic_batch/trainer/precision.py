@@ -11,6 +11,8 @@ import torch
 Precision = Literal["float32", "bf16", "fp16"]
 
 _INITIAL_SCALE = 2.0**16
+_LEAST_SCALE = 1.0
+"""Where scaling does not enlarge gradients any more, one that is not finite is not the scale's doing."""
 _GROWTH_INTERVAL = 2000
 """Updates without an overflow after which the scale doubles (as in mixed-precision practice)."""
 
@@ -47,8 +49,9 @@ class LossScaler:
         self._good_updates = 0
 
     @property
-    def enabled(self) -> bool:
-        return self._enabled
+    def may_overflow(self) -> bool:
+        """Whether a gradient that is not finite is to be expected, and mended by a lower scale."""
+        return self._enabled and self.scale > _LEAST_SCALE
 
     def divisor(self, num_samples: int) -> float:
         """What loss sums are divided by in an update of `num_samples` samples."""

@@ -133,7 +133,7 @@ class Update:
     def __iter__(self) -> Iterator[Any]:
         """This worker's batches, on its device, each under the random seeds of its position.
 
-        The first batch of a run comes three times more, whole and in halves, to check the loss (see `MeanCheck`).
+        The first batch of a run comes some times more, whole and in halves, to check the loss (see `MeanCheck`).
         """
         machinery = self._machinery
         with preserved(machinery.device):
@@ -343,7 +343,7 @@ class Update:
     def _commit(self, header: Header, statistics: Tensor) -> None:
         machinery = self._machinery
         finite_loss, finite_gradient = math.isfinite(header.loss_sum), math.isfinite(header.gradient_norm)
-        overflow = machinery.scaler.enabled and finite_loss and not finite_gradient
+        overflow = machinery.scaler.may_overflow and finite_loss and not finite_gradient
         if not (finite_loss and finite_gradient) and not overflow and machinery.on_non_finite == "stop":
             what = "the gradient" if finite_loss else "the loss"
             raise NonFinite(what, self.plan.index, machinery.last_checkpoint())

@@ -32,6 +32,14 @@ def test_overflow_halves_and_patience_doubles() -> None:
     assert scaler.scale == start
 
 
+def test_an_overflow_is_not_the_scale_s_doing_where_it_is_least() -> None:
+    assert not LossScaler("float32", 1).may_overflow
+    scaler = LossScaler("fp16", 1)
+    while scaler.may_overflow:
+        scaler.record(overflow=True)
+    assert scaler.scale == 1
+
+
 def test_the_state_survives_a_checkpoint() -> None:
     scaler, other = LossScaler("fp16", 8), LossScaler("fp16", 8)
     scaler.record(overflow=True)
