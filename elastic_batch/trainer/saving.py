@@ -23,6 +23,8 @@ from elastic_batch.errors import InvalidSetting
 
 logger = logging.getLogger(__name__)
 
+_NOISE = "noise"
+"""The one part that a run may get later: it does not alter the trajectory."""
 _TURN_SECONDS, _BLIND_TURN_SECONDS = 0.05, 3.0
 """Between two workers that may save the same; longer where neither sees that the other has begun."""
 _OTHERS_SECONDS = 15.0
@@ -80,7 +82,10 @@ class SavedState:
     def restore(self, state: dict[str, Any]) -> None:
         """Put a collected state back. Objects that are not attached yet get theirs when they are."""
         for name, part in self._parts.items():
-            part.load_state_dict(state[name])
+            if name == _NOISE and name not in state:
+                logger.info("the measured noise scale starts anew: it was not measured before")
+            else:
+                part.load_state_dict(state[name])
         self._waiting = dict(state["attached"])
         for name, part in self._attached.items():
             if name in self._waiting:

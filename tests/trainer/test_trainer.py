@@ -143,6 +143,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_update_and_checkpoint
         assert largest_difference(trainer.model.state_dict(), before) == 0
 
 
+def test_fp16_gradients_that_are_never_finite_stop_the_run() -> None:
+    with _trainer(precision="fp16", check_loss=False) as trainer:
+        next(iter(trainer.model.parameters())).register_hook(lambda gradient: gradient * math.inf)
+        with pytest.raises(NonFinite, match=r"the gradient of update \d+ is not finite"):
+            list(_losing_loop(trainer))
+
+
 def test_updates_that_are_not_finite_can_be_skipped() -> None:
     with _trainer(on_non_finite="skip", check_loss=False) as trainer:
         skipped = []
@@ -188,6 +195,15 @@ def test_attached_objects_are_saved_and_restored(tmp_path: Path) -> None:
         trainer.start()
         trainer.attach(ema=late)
         assert largest_difference(late.state_dict(), average) == 0
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_the_measurement_of_noise_may_be_switched_between_starts(before: bool, tmp_path: Path) -> None:
+    for measures, resume in ((before, "never"), (not before, "auto")):
+        with _trainer(run_dir=tmp_path / "run", measure_noise=measures, resume=resume) as trainer:
+            trainer.stop("for now")
+            list(_losing_loop(trainer))
+            assert trainer.num_updates == (1 if resume == "never" else 2)
 
 
 def test_a_used_run_directory_is_refused_unless_resumed(tmp_path: Path) -> None:
