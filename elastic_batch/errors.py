@@ -137,9 +137,17 @@ class WorkersDiverged(ElasticBatchError):
 class CheckpointDamaged(ElasticBatchError):
     """A checkpoint cannot be used: truncated, altered, or of an unknown version."""
 
+    _finding = "is damaged"
+
     def __init__(self, name: str, reason: str) -> None:
         self.name, self.reason = name, reason
-        super().__init__(f"checkpoint {name} is damaged: {reason}")
+        super().__init__(f"checkpoint {name} {self._finding}: {reason}")
+
+
+class CheckpointUnreadable(CheckpointDamaged):
+    """A checkpoint's files are there and cannot be read: by a disk, mount or network that may only fail for now."""
+
+    _finding = "cannot be read"
 
 
 class CheckpointMissing(ElasticBatchError):

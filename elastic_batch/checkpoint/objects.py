@@ -22,6 +22,7 @@ class ObjectStorage:
 
     Raises:
         InvalidSetting: fsspec, or its driver for this kind of URL, is not installed or does not know it.
+        OSError: The store cannot be used; from every method. Whatever else a driver raises becomes one.
     """
 
     def __init__(self, url: str) -> None:
@@ -36,25 +37,31 @@ class ObjectStorage:
             self._files, self._root = url_to_fs(self.location)
         except (ImportError, ValueError) as error:
             raise InvalidSetting("checkpoint.location", url, f"cannot be opened by fsspec: {error}") from error
+        except Exception as error:
+            raise self._as_os_error(error) from error
 
     def names(self) -> list[str]:
         """The names of all objects there."""
-        self._files.invalidate_cache(self._root)
         try:
-            return sorted(posixpath.basename(str(path)) for path in self._files.ls(self._root, detail=False))
+            with self._driving():
+                self._files.invalidate_cache(self._root)
+                return sorted(posixpath.basename(str(path)) for path in self._files.ls(self._root, detail=False))
         except FileNotFoundError:
             return []
 
     def read(self, name: str) -> bytes:
         """The content of a small object."""
-        return bytes(self._files.cat_file(self._at(name)))
+        with self._driving():
+            return bytes(self._files.cat_file(self._at(name)))
 
     def write(self, name: str, data: bytes, *, before_rename: Callable[[], None] | None = None) -> None:
         """Put a small object."""
-        self._files.makedirs(self._root, exist_ok=True)
+        with self._driving():
+            self._files.makedirs(self._root, exist_ok=True)
         if before_rename is not None:
             before_rename()
-        self._files.pipe_file(self._at(name), data)
+        with self._driving():
+            self._files.pipe_file(self._at(name), data)
 
     @contextmanager
     def payload(self, generation: int) -> Iterator[PendingFile]:
@@ -67,22 +74,25 @@ class ObjectStorage:
 
     def publish(self, payload: Payload, name: str) -> None:
         """Put a payload."""
-        self._files.makedirs(self._root, exist_ok=True)
-        self._files.put_file(str(payload.path), self._at(name))
+        with self._driving():
+            self._files.makedirs(self._root, exist_ok=True)
+            self._files.put_file(str(payload.path), self._at(name))
 
     @contextmanager
     def fetch(self, name: str) -> Iterator[Path]:
         """A local copy."""
         with tempfile.TemporaryDirectory(prefix="elastic-batch-") as directory:
             local = Path(directory, name)
-            self._files.get_file(self._at(name), str(local))
+            with self._driving():
+                self._files.get_file(self._at(name), str(local))
             yield local
 
     def delete(self, names: list[str]) -> None:
         """Remove objects; that one is gone already is no error."""
         for name in names:
             try:
-                self._files.rm_file(self._at(name))
+                with self._driving():
+                    self._files.rm_file(self._at(name))
             except FileNotFoundError:
                 continue
 
@@ -93,6 +103,19 @@ class ObjectStorage:
     def is_being_written(self, name: str) -> bool:
         """False: nothing in an object store tells; within one generation only one process writes."""
         return False
+
+    @contextmanager
+    def _driving(self) -> Iterator[None]:
+        """Drivers have errors of their own: for credentials that are missing, say."""
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:
+            raise self._as_os_error(error) from error
+
+    def _as_os_error(self, error: Exception) -> OSError:
+        return OSError(f"{self.location} cannot be used: {type(error).__name__}: {error}")
 
     def _at(self, name: str) -> str:
         return posixpath.join(self._root, name)

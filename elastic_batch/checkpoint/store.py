@@ -22,7 +22,13 @@ from elastic_batch.checkpoint.objects import ObjectStorage
 from elastic_batch.checkpoint.payload import check_payload, read_payload, write_payload
 from elastic_batch.checkpoint.state import compact
 from elastic_batch.checkpoint.storage import DirectoryStorage, Payload, Storage
-from elastic_batch.errors import CheckpointDamaged, CheckpointMissing, InvalidSetting, StaleGeneration
+from elastic_batch.errors import (
+    CheckpointDamaged,
+    CheckpointMissing,
+    CheckpointUnreadable,
+    InvalidSetting,
+    StaleGeneration,
+)
 from elastic_batch.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -154,10 +160,15 @@ class CheckpointStore:
 
         Raises:
             CheckpointMissing: There are some, and all of them are damaged.
+            CheckpointUnreadable: One cannot be read that may well be whole: to go on from an older one would lose
+                training for what may pass.
+            OSError: The place cannot be read.
         """
         damages: list[CheckpointDamaged] = []
 
         def note(damage: CheckpointDamaged) -> None:
+            if isinstance(damage, CheckpointUnreadable):
+                raise damage
             damages.append(damage)
             (on_damaged or _log_damage)(damage)
 
@@ -231,7 +242,7 @@ class CheckpointStore:
         except FileNotFoundError:
             raise CheckpointMissing(f"there is no checkpoint {name} in {self.location}") from None
         except OSError as error:
-            raise CheckpointDamaged(name, f"its manifest cannot be read: {error}") from error
+            raise _unreadable(name, "manifest", error) from error
 
     def _with_payload(self, manifest: Manifest, use: Callable[[Path], Any]) -> Any:
         """What `use` makes of the payload, after its digest was compared."""
@@ -245,8 +256,10 @@ class CheckpointStore:
             # Its writer may have pruned it meanwhile; then this says that it is gone.
             self._manifest(manifest.name)
             raise CheckpointDamaged(manifest.name, "its payload is missing") from error
-        # A digest that agrees leaves causes outside the file: a disk that fails, a torch too old for it.
-        except (OSError, RuntimeError, ValueError, EOFError) as error:
+        except OSError as error:
+            raise _unreadable(manifest.name, "payload", error) from error
+        # A digest that agrees leaves causes outside the file: a torch too old for it.
+        except (RuntimeError, ValueError, EOFError) as error:
             raise CheckpointDamaged(manifest.name, f"its payload cannot be read: {error}") from error
 
     def _remove_leftovers(self) -> None:
@@ -289,6 +302,11 @@ def _open_storage(location: str) -> Storage:
     if directory.exists() and not directory.is_dir():
         raise InvalidSetting("checkpoint.location", location, "must be a directory, or a name that is still free")
     return DirectoryStorage(directory)
+
+
+def _unreadable(name: str, part: str, error: OSError) -> CheckpointUnreadable:
+    remedy = "Try again when its place can be read, or name another checkpoint to go on from"
+    return CheckpointUnreadable(name, f"its {part}: {error}. {remedy}")
 
 
 def _log_damage(damage: CheckpointDamaged) -> None:

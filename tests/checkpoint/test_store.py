@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -18,10 +19,12 @@ import torch
 
 from elastic_batch import durable
 from elastic_batch.checkpoint import CheckpointInfo, CheckpointStore
+from elastic_batch.checkpoint.storage import DirectoryStorage
 from elastic_batch.durable import PendingFile
 from elastic_batch.errors import (
     CheckpointDamaged,
     CheckpointMissing,
+    CheckpointUnreadable,
     InvalidSetting,
     StaleGeneration,
     UnsavableState,
@@ -199,6 +202,52 @@ def test_each_kind_of_damage_is_named_and_the_checkpoint_before_it_is_used(
     after = store.load_newest(named.append)
     assert after is not None
     assert after.manifest.position == 96
+
+
+@pytest.mark.parametrize("part", ["manifest", "payload"])
+def test_what_cannot_be_read_at_the_moment_is_not_passed_over(
+    part: str, tmp_path: Path, make_save: MakeSave, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    store.save(*make_save(32))
+    newest = store.save(*make_save(64)).name
+    method, name = {"manifest": ("read", f"{newest}.json"), "payload": ("fetch", f"{newest}.pt")}[part]
+    works = getattr(DirectoryStorage, method)
+
+    def fail(storage: DirectoryStorage, file_name: str) -> Any:
+        if file_name == name:
+            raise OSError(errno.EIO, "Input/output error")
+        return works(storage, file_name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DirectoryStorage, method, fail)
+        with pytest.raises(CheckpointUnreadable, match=f"{newest} cannot be read: its {part}: .*Input/output error"):
+            store.load_newest()
+        store.save(*make_save(96))  # training goes on
+    assert [manifest.position for manifest in store.manifests()][:2] == [96, 64]
+
+
+def test_errors_of_a_driver_become_the_disk_s(make_save: MakeSave, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(f"memory://{secrets.token_hex(8)}")
+    name = store.save(*make_save(32)).name
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("no credentials")
+
+    def use_all() -> None:
+        store._storage.names()
+        store._storage.read(f"{name}.json")
+        store._storage.write("fence", b"1")
+        with store._storage.payload(0) as payload:
+            store._storage.publish(payload, "x.pt")
+        with store._storage.fetch("x.pt"):
+            store._storage.delete(["x.pt"])
+
+    for method in ("ls", "cat_file", "pipe_file", "put_file", "get_file", "rm_file"):
+        with monkeypatch.context() as patch:
+            patch.setattr(fsspec.get_filesystem_class("memory"), method, refuse)
+            with pytest.raises(OSError, match=r"memory://\w+ cannot be used: RuntimeError: no credentials"):
+                use_all()
 
 
 def test_damage_is_logged_where_nobody_listens(
