@@ -28,7 +28,8 @@ def gradients(
 ) -> Gradients:
     """Gradients of `normalize` for `grad` [N, C, ...], which has the memory format of x."""
     num_ghosts = normalized.invstd.size(0)
-    weight = _wide(weight, x)
+    # Without a weight the kernels for GPUs cannot give its gradient.
+    weight = x.new_ones(x.size(1), dtype=_wide_dtype(x)) if weight is None else _wide(weight, x)
     output = empty_like(x) if needs_input else None
     mask = [needs_input, True, True]
     sums = []

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from elastic_batch.ghost import kernels
+from elastic_batch.ghost import kernels, native
 from elastic_batch.ghost.functional import composed, ghost_batch_norm
+from elastic_batch.ghost.layout import native_backward
 
 EPS = 1e-5
 SHAPES = [(8, 5), (8, 5, 7), (8, 5, 4, 3), (8, 5, 1, 1), (8, 1, 3, 3), (8, 3, 2, 3, 2)]
@@ -161,21 +162,39 @@ def test_only_the_gradients_that_are_asked_for_are_made() -> None:
     torch.testing.assert_close(output[:4], plain)
 
 
+@pytest.mark.parametrize("needs_input", [True, False])
+def test_the_native_kernels_get_a_weight_for_every_gradient_of_one(
+    needs_input: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def watch(*arguments: Any) -> Any:
+        asked.append((arguments[2], arguments[-1]))
+        return native_backward(*arguments)
+
+    monkeypatch.setattr(native, "native_backward", watch)
+    x = torch.randn(8, 3)
+    native.gradients(torch.ones(8, 3), x, None, native.normalize(x, None, None, 2, EPS), needs_input=needs_input)
+    assert len(asked) == 2
+    assert all(weight is not None or not mask[1] for weight, mask in asked)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("affine", [False, True], ids=["plain", "affine"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 0.2), (torch.float16, 3e-2)]
 )
 def test_each_ghost_is_normalised_as_if_alone_on_cuda(
-    shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype, tolerance: float
+    shape: tuple[int, ...], channels_last: bool, affine: bool, dtype: torch.dtype, tolerance: float
 ) -> None:
     x = torch.randn(shape, device="cuda").to(dtype)
     if channels_last and x.dim() in FORMATS:
         x = x.contiguous(memory_format=FORMATS[x.dim()])
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    weight, bias = torch.rand(2, shape[1], device="cuda", dtype=wide).unbind()
+    weight, bias = torch.rand(2, shape[1], device="cuda", dtype=wide).unbind() if affine else (None, None)
     grad = torch.randn(shape, device="cuda").to(dtype)
     assert_close(ours(x, weight, bias, grad, 2), reference(x, weight, bias, grad, 2), tolerance)
 
