@@ -18,12 +18,12 @@ HEAD = """# What 500 changes of the world leave behind
 its partner is killed, another joins, takes turns with the next one by SIGTERM and by SIGKILL. gloo, `num_workers=2`,
 real processes over loopback, {seconds:.0f} s in all. Medians of five looks, each with two workers training. From 10 %
 of the changes to the end, threads, descriptors and children may not grow, beyond the 6 descriptors of two batches that
-data workers hand over, and memory by at most 8 MiB.
+data workers may hand over, and memory (resident, but for files' pages) by at most 8 MiB.
 
-| process | changes | threads | descriptors | children | resident MiB |
+| process | changes | threads | descriptors | children | memory, MiB |
 |---|---|---|---|---|---|"""
 DESCRIPTORS = 6
-"""What open files may differ by: batches from data workers lie in shared memory, a file for each of three tensors."""
+"""What open files may differ by: large batches from data workers lie in shared memory, a file for each tensor."""
 MEMORY = 8 * MIB
 """What memory may grow by: less than 17 KB for each of 500 changes; a process group and its buffers take more."""
 
