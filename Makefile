@@ -23,7 +23,8 @@ train: .venv/train
 	$(BIN)/elastic-batch report $(RUNS)/digits $(RUNS)/digits-decay-lr --output $(RUNS)/report
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not soak and not alone" -n 2 --dist loadfile
+	$(BIN)/pytest -m "not soak and alone"
 
 soak: .venv/test
 	$(BIN)/pytest -m soak
