@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.05, 1.0
 CLOSE_SECONDS = 2.0
+_FAREWELL_SECONDS = 10.0
+"""How long a worker that has finished looks for a coordinator that is away: without its word the job seems to go on."""
 _UNANSWERED_SECONDS = 5.0
 """A coordinator that takes longer to open a connection or to greet is taken for gone."""
 
@@ -136,9 +138,11 @@ class Connection:
         self._loop.call_soon_threadsafe(cut)
 
     def close(self, bye: Bye) -> None:
-        """Say goodbye and end the thread."""
+        """Say goodbye and end the thread; one that has finished waits a little for a coordinator that is away."""
         if self._closing or not self._thread.is_alive():
             return
+        if bye.reason == "finished":
+            self._await_connection(_FAREWELL_SECONDS)
         self._closing = True
         farewell = self._say_bye(bye)
         with contextlib.suppress(RuntimeError, TimeoutError):
@@ -146,6 +150,11 @@ class Connection:
         self._thread.join(CLOSE_SECONDS)
         if not self._thread.is_alive():
             farewell.close()  # the loop may have ended by itself before it came to it
+
+    def _await_connection(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while self._socket is None and self._thread.is_alive() and time.monotonic() < until:
+            time.sleep(FIRST_RETRY_SECONDS)
 
     def _run(self) -> None:
         try:

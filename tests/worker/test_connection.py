@@ -54,8 +54,11 @@ class Listener:
 
 
 @contextmanager
-def coordinator(answers: list[HTTPStatus | None]) -> Iterator[str]:
-    """A coordinator that answers connections as told, and welcomes and drops where that is None; gives its address."""
+def coordinator(answers: list[HTTPStatus | None], said: list[str] | None = None) -> Iterator[str]:
+    """A coordinator that answers connections as told, and welcomes where that is None; gives its address.
+
+    It drops whom it has welcomed, unless it is to note what they say.
+    """
 
     def decide(_: ServerConnection, __: Request) -> Response | None:
         status = answers.pop(0) if answers else None
@@ -64,6 +67,8 @@ def coordinator(answers: list[HTTPStatus | None]) -> Iterator[str]:
     async def welcome(connection: ServerConnection) -> None:
         await connection.recv()
         await connection.send(Welcome(run_id="r", beat_seconds=9, generation=-1).model_dump_json())
+        if said is not None:
+            said.extend([str(text) async for text in connection])
         await connection.close()
 
     started: list[tuple[str, asyncio.AbstractEventLoop, asyncio.Event]] = []
@@ -122,6 +127,14 @@ def test_a_refusal_passes_for_a_worker_that_was_welcome(tmp_path: Path) -> None:
         connection.close(Bye(reason="left"))
     assert listener.welcomes >= 2
     assert listener.failure is None
+
+
+def test_a_coordinator_that_is_away_hears_that_a_worker_has_finished(tmp_path: Path) -> None:
+    said: list[str] = []
+    with coordinator([HTTPStatus.SERVICE_UNAVAILABLE] * 3, said) as url:
+        connection = connect(url, tmp_path, Listener())
+        connection.close(Bye(reason="finished"))
+    assert any('"finished"' in text for text in said)
 
 
 def test_nobody_waits_for_a_connection_whose_thread_failed(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 def _by_rank(cluster: Cluster) -> list[str]:
     workers = (cluster.status() or {"workers": []})["workers"]
-    inside = [worker for worker in workers if worker["rank"] is not None]
+    inside = [worker for worker in workers if worker["rank"] is not None and worker["state"] != "lost"]
     return [worker["slot"] for worker in sorted(inside, key=lambda worker: worker["rank"])]
 
 
