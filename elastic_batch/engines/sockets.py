@@ -6,7 +6,7 @@ import os
 import select
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 Descriptors = dict[int, int]
@@ -31,9 +31,14 @@ def opened_since(before: Descriptors) -> Descriptors:
 
 
 class Formation:
-    """The forming of a process group, which another thread may break off."""
+    """The forming of a process group, which another thread may break off.
 
-    def __init__(self) -> None:
+    Args:
+        foreign: Gives the inode of a socket that may be opened meanwhile for something else; None: there is none.
+    """
+
+    def __init__(self, foreign: Callable[[], int | None] = lambda: None) -> None:
+        self._foreign = foreign
         self._before = open_sockets()
         self._aborted = False
 
@@ -47,7 +52,8 @@ class Formation:
 
     def sockets(self) -> Descriptors:
         """What was opened since it began."""
-        return opened_since(self._before)
+        foreign = self._foreign()
+        return {number: inode for number, inode in opened_since(self._before).items() if inode != foreign}
 
     @property
     def is_aborted(self) -> bool:

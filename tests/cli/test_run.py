@@ -66,8 +66,13 @@ PROGRAM = [sys.executable, "-m", "elastic_batch"]
     ],
 )
 def test_mistakes_are_told_before_anything_starts(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # here may be runs of the user's
     (tmp_path / "script.py").write_text("")
     words = [str(tmp_path / "script.py") if word == "SCRIPT" else word for word in arguments]
     assert main(words, {}) == 2

@@ -33,6 +33,16 @@ def test_connections_opened_since_are_shut_down_and_older_ones_are_not() -> None
         each.close()
 
 
+def test_a_connection_for_something_else_that_is_made_meanwhile_is_left_alone() -> None:
+    foreign: list[int] = []
+    formation = Formation(lambda: foreign[-1] if foreign else None)
+    server, client, accepted = _connected()
+    foreign.append(os.fstat(client.fileno()).st_ino)
+    assert formation.sockets().keys() == {server.fileno(), accepted.fileno()}
+    for each in (server, client, accepted):
+        each.close()
+
+
 @pytest.mark.parametrize("which", ["nobody", "this side", "the other side", "this side, and another took its number"])
 def test_a_connection_that_ended_is_noticed_on_whichever_side(which: str) -> None:
     before = open_sockets()
