@@ -220,6 +220,11 @@ def world_announced(state: State, now: float, members: tuple[str, ...]) -> World
     return state.world
 
 
+def is_lead(state: State, name: str) -> bool:
+    """Whether a worker is the newest world's first one, in it or waiting after it."""
+    return state.world is not None and name == state.world.members[0] and is_inside(state, name)
+
+
 def is_inside(state: State, name: str) -> bool:
     """Whether a worker is in the newest world, or waits after it."""
     world, worker = state.world, state.workers.get(name)

@@ -185,7 +185,8 @@ class Reception:
         events.ready(
             run.state, now, name, after=ready.after, broken=ready.broken, num_micro_batches=ready.num_micro_batches
         )
-        if run.state.ended is not None:
+        needs_a_world = run.state.ended == COMPLETE and events.is_lead(run.state, name)
+        if run.state.ended is not None and not needs_a_world:
             run.connections.tell([name], End(reason=run.state.ended))
 
     def _progress(self, name: str, progress: Progress) -> None:

@@ -177,10 +177,9 @@ class Service:
             self._decisions.end(state.ended)
 
     def _lead_waits(self) -> bool:
-        """Whether the newest world's first worker, which saves the last state, came out of it and wants another."""
+        """Whether the newest world's first worker, whose user's code goes on after training, wants another world."""
         state = self.run.state
-        lead = state.workers.get(state.world.members[0]) if state.world is not None else None
-        return lead is not None and events.is_inside(state, lead.name) and lead.ready
+        return any(worker.ready and events.is_lead(state, worker.name) for worker in events.inside(state)[:1])
 
     def _nobody_trains(self) -> bool:
         """Whether certainly no worker is in the newest world any more, seen or unseen."""

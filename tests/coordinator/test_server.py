@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,19 @@ async def _world(first: FakeWorker, second: FakeWorker) -> Form:
         form = await first.enter()
     await second.enter()
     return form
+
+
+@asynccontextmanager
+async def _pair(run_dir: Path) -> AsyncIterator[tuple[Serving, Form, FakeWorker, FakeWorker]]:
+    """A coordinator, a world of two that runs, its lead worker and the other one."""
+    async with (
+        serving(run_dir, max_workers=2) as coordinator,
+        connected(run_dir, "a") as a,
+        connected(run_dir, "b") as b,
+    ):
+        form = await _world(a, b)
+        lead, other = (a, b) if form.members[0] == "a" else (b, a)
+        yield coordinator, form, lead, other
 
 
 @pytest.mark.parametrize(
@@ -347,13 +362,7 @@ def test_a_job_may_be_trained_further_after_all_was_killed_at_once(tmp_path: Pat
 
 def test_the_job_is_complete_when_the_lead_says_so_and_outsiders_end(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with (
-            serving(tmp_path, max_workers=2) as coordinator,
-            connected(tmp_path, "a") as a,
-            connected(tmp_path, "b") as b,
-        ):
-            form = await _world(a, b)
-            lead, other = (a, b) if form.members[0] == "a" else (b, a)
+        async with _pair(tmp_path) as (coordinator, _, lead, other):
             async with connected(tmp_path, "c") as outsider:
                 await outsider.ready()
                 await other.bye("finished")
@@ -370,13 +379,7 @@ def test_the_end_stands_whatever_becomes_of_the_lead_after_it(tmp_path: Path, lo
     """Whoever says that it has finished knows that the lead has saved the last state."""
 
     async def scenario() -> None:
-        async with (
-            serving(tmp_path, max_workers=2) as coordinator,
-            connected(tmp_path, "a") as a,
-            connected(tmp_path, "b") as b,
-        ):
-            form = await _world(a, b)
-            lead, other = (a, b) if form.members[0] == "a" else (b, a)
+        async with _pair(tmp_path) as (coordinator, _, lead, other):
             await other.bye("finished")
             await coordinator.until(lambda status: status["ended"] is not None)
             if lost == "its connection breaks":
@@ -392,16 +395,11 @@ def test_the_end_stands_whatever_becomes_of_the_lead_after_it(tmp_path: Path, lo
 
 def test_a_lead_that_lost_the_others_at_the_end_gets_a_world_to_save_it_in(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with (
-            serving(tmp_path, max_workers=2) as coordinator,
-            connected(tmp_path, "a") as a,
-            connected(tmp_path, "b") as b,
-        ):
-            form = await _world(a, b)
-            lead, other = (a, b) if form.members[0] == "a" else (b, a)
+        async with _pair(tmp_path) as (coordinator, form, lead, other):
             await other.bye("finished")
             await lead.ready(form.generation, broken=True)
             assert (await lead.enter()).members == (lead.name,)
+            assert not any(isinstance(message, End) for message in lead.unheard)
             await lead.bye("finished")
             assert await coordinator.outcome() == "complete"
 
@@ -411,13 +409,7 @@ def test_a_lead_that_lost_the_others_at_the_end_gets_a_world_to_save_it_in(tmp_p
 @pytest.mark.parametrize("waits_first", [True, False])
 def test_a_member_that_waits_when_the_job_is_complete_ends(tmp_path: Path, waits_first: bool) -> None:
     async def scenario() -> None:
-        async with (
-            serving(tmp_path, max_workers=2) as coordinator,
-            connected(tmp_path, "a") as a,
-            connected(tmp_path, "b") as b,
-        ):
-            form = await _world(a, b)
-            lead, other = (a, b) if form.members[0] == "a" else (b, a)
+        async with _pair(tmp_path) as (coordinator, form, lead, other):
             if waits_first:
                 await other.ready(form.generation, broken=False)
                 await lead.bye("finished")
