@@ -188,12 +188,16 @@ def _coordinator_stopped(trial: Trial, cell: str, repetition: int) -> None:
 
 def _coordinator_killed_at(place: str) -> Strike:
     def strike(trial: Trial, cell: str, repetition: int) -> None:
-        world = trial.bring_to(2)
+        world, before = trial.bring_to(2), len(trial.cluster.happened())
         trial.cluster.kill_coordinator()
         trial.cluster.start_coordinator(_text(place, 1, "kill"))
-        trial.wait(lambda: len(trial.by_rank()) == len(world), PATIENCE_SECONDS, "the workers are back")
-        before = len(trial.cluster.happened())
-        trial.start_worker()  # deciding that it joins, or forming the world with it, is the end
+
+        def are_back() -> bool:
+            # If they come back one by one, that they are all there again is a decision already.
+            return len(trial.by_rank()) == len(world) or len(trial.cluster.happened()) > before
+
+        trial.wait(are_back, PATIENCE_SECONDS, "the workers are back")
+        trial.start_worker()  # deciding that it joins, or forming the world with it, is the end at the latest
         moment = trial.await_faults_after(before)
         trial.cluster.start_coordinator()
         detect = monotonic() - moment + AFTER_RESTART
