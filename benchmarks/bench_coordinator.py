@@ -114,6 +114,7 @@ class Crowd:
         self.complaint = Ready(after=1, broken=True, num_micro_batches=number).model_dump_json().encode()
         self.voices: list[Voice] = []
         self._heard: Counter[str] = Counter()
+        self._first: dict[str, float] = {}
         self._last: dict[str, float] = {}
         self._changed = asyncio.Event()
 
@@ -148,6 +149,7 @@ class Crowd:
         """A worker heard a message."""
         self._heard[kind] += 1
         self._last[kind] = time.monotonic()
+        self._first.setdefault(kind, self._last[kind])
         self._changed.set()
 
     async def hear(self, kind: str) -> float:
@@ -157,6 +159,10 @@ class Crowd:
                 self._changed.clear()
                 await self._changed.wait()
         return self._last[kind]
+
+    def spread(self, kind: str) -> float:
+        """Seconds from the first worker that heard a message of a kind to the last."""
+        return self._last[kind] - self._first[kind]
 
 
 async def measure(number: int, run_dir: Path, process: subprocess.Popen[bytes]) -> dict[str, Any]:
@@ -189,6 +195,8 @@ async def measure(number: int, run_dir: Path, process: subprocess.Popen[bytes]) 
         crowd.number -= 1
         crowd.voices.pop().transport.abort()
         result["abort_seconds_after_a_loss"] = await crowd.hear("abort") - lost
+        # Two decisions: ask the others whether they miss it too, and, as soon as one of them does, end the world.
+        result["probe_spread_seconds"], result["abort_spread_seconds"] = crowd.spread("probe"), crowd.spread("abort")
     beating.cancel()
     result["coordinator_megabytes"] = _peak_megabytes(process.pid)
     return result

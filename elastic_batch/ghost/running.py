@@ -86,25 +86,31 @@ class RunningStatistics:
                 "sums", tuple(sums.shape), f"must have the shape of this model's sums(), ({self.numel},)"
             )
         sums = sums.to(self._device, torch.float64)
-        counts = sums.index_select(0, self._counts_at)  # one for each norm
+        counts = [round(count) for count in sums.index_select(0, self._counts_at).tolist()]  # one for each norm
         trackers = [tracker for norm in self._norms if (tracker := norm._buffers["num_batches_tracked"]) is not None]
-        keep = self._bases**counts
-        if self._any_cumulative:
-            tracked = torch.stack(trackers)
-            cumulative = tracked.double() / (tracked + counts)
-            keep = torch.where(self._is_cumulative & (counts > 0), cumulative, keep)
-        add = (1 - keep) / counts.clamp(min=1)  # a norm that saw no ghosts keeps 1 and adds 0
-        # From here on one entry for each running mean and variance of a channel, [sum of 2 C].
-        of_running, of_sums = keep.index_select(0, self._norm_of), add.index_select(0, self._norm_of)
+        if self._any_cumulative or counts != self._counts:
+            self._counts = counts
+            self._of_running, self._of_sums = self._factors(counts, trackers)
         buffers = [buffer for norm in self._norms for buffer in _running(norm)]
         running = torch.cat(buffers).double()
-        merged = torch.addcmul(of_running * running, of_sums, sums.index_select(0, self._values_at))
+        merged = torch.addcmul(self._of_running * running, self._of_sums, sums.index_select(0, self._values_at))
         torch._foreach_copy_(buffers, merged.split_with_sizes(self._sizes))
-        torch._foreach_add_(trackers, counts.long().unbind())
+        torch._foreach_add_(trackers, counts)
 
     def close(self) -> None:
         """Give the norms back the care of their running statistics. Also happens when this object is dropped."""
         _detach(self._norms, self._key)
+
+    def _factors(self, counts: list[int], trackers: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """What running values and sums are multiplied by, [sum of 2 C] each: the same while `counts` are, mostly."""
+        ghosts = self._bases.new_tensor(counts)
+        keep = self._bases**ghosts
+        if self._any_cumulative:
+            tracked = torch.stack(trackers)
+            cumulative = tracked.double() / (tracked + ghosts)
+            keep = torch.where(self._is_cumulative & (ghosts > 0), cumulative, keep)
+        add = (1 - keep) / ghosts.clamp(min=1)  # a norm that saw no ghosts keeps 1 and adds 0
+        return keep.index_select(0, self._norm_of), add.index_select(0, self._norm_of)
 
     def _attach(self) -> None:
         offsets = accumulate((1 + 2 * norm.num_features for norm in self._norms), initial=0)
@@ -133,6 +139,7 @@ class RunningStatistics:
         self._is_cumulative = torch.tensor([momentum is None for momentum in self._momenta], device=device)
         bases = [1 - (momentum or 0) for momentum in self._momenta]
         self._bases = torch.tensor(bases, dtype=torch.float64, device=device)
+        self._counts: list[int] | None = None  # those that the factors of the last commit are for
 
 
 def _running(norm: GhostNorm) -> tuple[Tensor, Tensor]:
