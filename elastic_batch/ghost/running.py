@@ -32,6 +32,7 @@ class RunningStatistics:
         self._norms = [
             module for module in model.modules() if isinstance(module, GhostNorm) and module.running_mean is not None
         ]
+        self._counts: list[int] = []
         self._key = object()  # by which the norms know whose they are; it must not keep `self` alive
         # Without norms the sums are empty, and are still put together with what lies where the model is.
         self._device = next((t.device for t in chain(model.parameters(), model.buffers())), torch.device("cpu"))
@@ -139,7 +140,7 @@ class RunningStatistics:
         self._is_cumulative = torch.tensor([momentum is None for momentum in self._momenta], device=device)
         bases = [1 - (momentum or 0) for momentum in self._momenta]
         self._bases = torch.tensor(bases, dtype=torch.float64, device=device)
-        self._counts: list[int] | None = None  # those that the factors of the last commit are for
+        self._counts = []  # those that the last commit's factors are for
 
 
 def _running(norm: GhostNorm) -> tuple[Tensor, Tensor]:
