@@ -30,6 +30,11 @@ SEEDS = (0, 1, 2)
 LARGEST_DIFFERENCE = 0.005  # of mean test accuracies: half a point
 RESUMABLE = 75  # as `elastic-batch train` exits when it was stopped and can go on
 SECONDS_TO_STOP = 120  # an update and a checkpoint, on a busy machine
+SECONDS_SAY_NOTHING = (
+    "Do not compare the seconds: the runs trained beside each other, and some were stopped and resumed, with more or\n"
+    "less of the machine each time."
+)
+"""What the report's table needs to be told of; it is made for runs that had a machine to themselves."""
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = (sys.executable, "-m", "elastic_batch")
 
@@ -187,6 +192,8 @@ def judge_and_report(trials: Sequence[Trial], options: argparse.Namespace) -> in
     """Draw and tabulate the runs, print the table and the verdict."""
     directories = {trial: options.runs / trial.name for trial in trials}
     report = write_report(directories.values(), options.output)
+    with open(options.output / "table.md", "a", encoding="utf-8") as table:
+        table.write(f"\n{SECONDS_SAY_NOTHING}\n")
     results = [read_result(trial, directory) for trial, directory in directories.items()]
     verdict = judge(results)
     record = {"verdict": asdict(verdict), "runs": [asdict(result) for result in results]}

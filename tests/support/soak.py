@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+import textwrap
 import time
 from collections import defaultdict
 from dataclasses import asdict
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from support.faults import Cell, cells
-from support.trials import Trial
+from support.trials import CONFIG, Trial
 
+from elastic_batch.coordinator.state import MembershipConfig
 from elastic_batch.durable import write_file
 
 TIMES, NUM_FAULTS = 3, 300
@@ -84,6 +86,28 @@ class Soak:
         return [(cell, round_) for cell, round_ in wanted if met[cell.name] <= round_]
 
 
+def _settings() -> str:
+    """The coordinator's bounds that a trial shortens, as its command line has them."""
+    usual = asdict(MembershipConfig())
+    shortened = {name: value for name, value in asdict(CONFIG).items() if value < usual[name]}
+    return ", ".join(
+        f"`--{name.replace('_', '-')}-seconds {value:g}` instead of {usual[name]:g}"
+        for name, value in shortened.items()
+    )
+
+
+def _paragraph(text: str) -> str:
+    """Text in lines as long as those of the other pages."""
+    return textwrap.fill(text, 120, break_on_hyphens=False, break_long_words=False)
+
+
+def _repeated_runs(number: int) -> str:
+    """How many runs failed, and were repeated when the soak went on."""
+    if not number:
+        return "No run had to be repeated."
+    return f"{number} {'run' if number == 1 else 'runs'} failed and had to be repeated."
+
+
 def table(soak: Soak) -> str:
     """What was found, as Markdown: a line for each cell."""
     by_cell: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -94,18 +118,25 @@ def table(soak: Soak) -> str:
     lines = [
         "# Faults that an elastic job came through",
         "",
-        f"{len(soak.recoveries)} faults in {len(soak.trials)} runs of the jobs {' and '.join(JOBS)}, "
-        "two data processes for each worker, worlds of one to three workers. Written by `make soak`; each fault,"
-        " one by one, is in [elastic-faults.json](elastic-faults.json).",
+        _paragraph(
+            f"{len(soak.recoveries)} faults in {len(soak.trials)} runs of the jobs {' and '.join(JOBS)}, two data"
+            " processes for each worker, worlds of one to three workers. Written by `make soak`; each fault, one by"
+            " one, is in [elastic-faults.json](elastic-faults.json)."
+        ),
         "",
-        f"{soak.num_failed or 'No'} runs failed and were done again. The end state differs from that of an undisturbed"
-        " run of one worker by at most"
-        f" {worst:.1e} (allowed: 1e-9). {repeated} updates were committed twice: those since the newest checkpoint"
-        " where no worker with a state was left, and those of a worker that was given up or killed right after it alone"
-        " had committed.",
+        _paragraph(f"Settings of the trial, shorter than the defaults: {_settings()}."),
         "",
-        "Seconds are from the fault to the first commit that was not under way then; the bound is the sum of the bounds"
-        " in force: noticing, coming out, forming, training.",
+        _paragraph(
+            f"{_repeated_runs(soak.num_failed)} The end state differs from that of an undisturbed run of one worker by"
+            f" at most {worst:.1e} (allowed: 1e-9). {repeated} updates were committed twice: those since the newest"
+            " checkpoint where no worker with a state was left, and those of a worker that was given up or killed right"
+            " after it alone had committed."
+        ),
+        "",
+        _paragraph(
+            "Seconds are from the fault to the first commit that was not under way then; the bound is the sum of the"
+            " bounds in force: noticing, coming out, forming, training."
+        ),
         "",
         "| fault | times | median seconds | worst seconds | bound | end state off by |",
         "|---|---:|---:|---:|---:|---:|",
