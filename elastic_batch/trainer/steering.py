@@ -15,7 +15,7 @@ from elastic_batch.schedule import PhaseValues
 
 
 class SteeredOptimizer:
-    """An optimizer whose learning rate and momentum come from the schedule alone.
+    """An optimizer whose learning rate, and momentum where the schedule changes it, come from the schedule alone.
 
     Args:
         optimizer: A torch optimizer without a closure. Parameter groups keep the ratio of their learning rates.
@@ -49,6 +49,7 @@ class SteeredOptimizer:
         self.momentum = _momentum(optimizer, momentum)
         self.is_adaptive = _is_of_adam_family(optimizer) if is_adaptive is None else is_adaptive
         self._momentum_correction = momentum_correction
+        self._momentum_is_scheduled = False
         self._stepping = False
         given = dict.fromkeys(parameter for group in optimizer.param_groups for parameter in group["params"])
         self.parameters: list[Parameter] = [parameter for parameter in given if parameter.requires_grad]
@@ -57,28 +58,44 @@ class SteeredOptimizer:
         self.base_learning_rate = base[0]
         self.ratios = [rate / base[0] if base[0] else 1.0 for rate in base]
         self._expected = [_number(group["lr"]) for group in optimizer.param_groups]
+        # Of two trainers the later one steers. The earlier one is mostly left over, from a constructor that failed or a
+        # loop that was interrupted and not closed; nobody can tell, but if it does go on, `check` says so.
+        if (earlier := _guardian(optimizer)) is not None:
+            earlier.close()
+        self._is_open = True
         self._guard = optimizer.register_step_pre_hook(self._refuse_foreign_step)
         # A worker alone would not notice before its first update of two passes.
-        setattr(optimizer, "zero_grad", _refuse_zero_grad)  # noqa: B010 # a method, to a type checker
+        setattr(optimizer, "zero_grad", self._refuse_zero_grad)  # noqa: B010 # a method, to a type checker
 
     def require_momenta(self, momenta: Collection[float]) -> None:
-        """See that the optimizer can be given every momentum of a schedule.
+        """See that the optimizer can be given every momentum of a schedule; one that never changes is left alone.
 
         Raises:
-            InvalidSetting: It has none that could be set.
+            InvalidSetting: It has none that could be set, or several.
         """
         others = {momentum for momentum in momenta if momentum != self.momentum}
-        if others and "momentum" not in self.optimizer.param_groups[0]:
-            raise InvalidSetting(
-                "schedule", f"momentum {max(others)}", f"{type(self.optimizer).__name__} has no momentum to be set"
-            )
+        if self.is_adaptive or not others:
+            return
+        field, value = "schedule", f"momentum {max(others)}"
+        if "momentum" not in self.optimizer.param_groups[0]:
+            raise InvalidSetting(field, value, f"{type(self.optimizer).__name__} has no momentum to be set")
+        own = {group["momentum"] for group in self.optimizer.param_groups if "momentum" in group}
+        if len(own) > 1:
+            rule = f"is for one momentum, and the optimizer's parameter groups have {', '.join(map(str, sorted(own)))}"
+            raise InvalidSetting(field, value, rule, "Give all groups the same, or leave it out of the schedule")
+        self._momentum_is_scheduled = True
 
     def check(self) -> None:
-        """See that nobody else has changed a learning rate, or what is trained.
+        """See that nobody else has changed a learning rate, or what is trained, or steers now.
 
         Raises:
-            MisusedTrainer: Somebody has.
+            MisusedTrainer: Somebody has, or does.
         """
+        if not self._is_open:
+            raise MisusedTrainer(
+                "this trainer does not steer its optimizer any more: it was closed, or another trainer was made with "
+                "it since; go on with that one, or make a new one"
+            )
         if len(self.optimizer.param_groups) != len(self._expected):
             raise MisusedTrainer(
                 f"the optimizer has {len(self.optimizer.param_groups)} parameter groups, and had {len(self._expected)} "
@@ -99,7 +116,8 @@ class SteeredOptimizer:
 
     def step(self, values: PhaseValues) -> None:
         """Set learning rate and momentum, then step on the parameters' gradients."""
-        self._set_momentum(values.momentum)
+        if self._momentum_is_scheduled:
+            self._set_momentum(values.momentum)
         for index, group in enumerate(self.optimizer.param_groups):
             _assign(group, "lr", values.learning_rate * self.ratios[index])
             self._expected[index] = _number(group["lr"])
@@ -118,8 +136,10 @@ class SteeredOptimizer:
 
     def close(self) -> None:
         """Let go of the optimizer: it may be stepped by others again."""
+        self._is_open = False
         self._guard.remove()
-        self.optimizer.__dict__.pop("zero_grad", None)
+        if _guardian(self.optimizer) is self:
+            del vars(self.optimizer)["zero_grad"]
 
     def _set_momentum(self, momentum: float) -> None:
         for group in self.optimizer.param_groups:
@@ -140,6 +160,15 @@ class SteeredOptimizer:
                 "optimizer.step() was called directly; call update.step(), which steps on every worker"
             )
 
+    def _refuse_zero_grad(self, set_to_none: bool = True) -> None:
+        raise MisusedTrainer("optimizer.zero_grad() was called; remove it: the trainer clears gradients")
+
+
+def _guardian(optimizer: Optimizer) -> SteeredOptimizer | None:
+    """Who keeps others from an optimizer."""
+    owner = getattr(optimizer.zero_grad, "__self__", None)
+    return owner if isinstance(owner, SteeredOptimizer) else None
+
 
 def _momentum(optimizer: Optimizer, given: float | None) -> float:
     own = optimizer.param_groups[0].get("momentum")
@@ -153,10 +182,6 @@ def _momentum(optimizer: Optimizer, given: float | None) -> float:
 
 def _is_of_adam_family(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, Adam | AdamW) or "betas" in optimizer.param_groups[0]
-
-
-def _refuse_zero_grad(set_to_none: bool = True) -> None:
-    raise MisusedTrainer("optimizer.zero_grad() was called; remove it: the trainer clears gradients")
 
 
 def _refuse_unsuitable(optimizer: Any) -> None:

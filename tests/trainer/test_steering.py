@@ -40,6 +40,7 @@ def test_a_change_of_momentum_keeps_the_averaged_gradient() -> None:
     parameter = _parameter()
     optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
     steered = SteeredOptimizer(optimizer)
+    steered.require_momenta([0.9, 0.98])
     for _ in range(200):
         steered.step(_values(0.1, 0.9))
     velocity = float(optimizer.state[parameter]["momentum_buffer"])
@@ -54,10 +55,60 @@ def test_without_correction_the_velocity_drifts() -> None:
     parameter = _parameter()
     optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
     steered = SteeredOptimizer(optimizer, momentum_correction=False)
+    steered.require_momenta([0.9, 0.5])
     steered.step(_values(0.1, 0.9))
     parameter.grad = torch.zeros(1, dtype=torch.float64)
     steered.step(_values(0.1, 0.5))
     assert float(optimizer.state[parameter]["momentum_buffer"]) == pytest.approx(0.5)
+
+
+def test_a_momentum_that_the_schedule_does_not_change_is_left_alone() -> None:
+    adaptive = torch.optim.RMSprop([_parameter()], lr=0.1, momentum=0.9)
+    steered = SteeredOptimizer(adaptive, is_adaptive=True)
+    steered.require_momenta([0.0])
+    steered.step(_values(0.1, 0.0))
+    assert adaptive.param_groups[0]["momentum"] == 0.9
+
+    groups = [{"params": [_parameter()], "momentum": momentum} for momentum in (0.9, 0.5)]
+    plain = torch.optim.SGD(groups, lr=0.1)
+    steered = SteeredOptimizer(plain)
+    steered.require_momenta([0.9])
+    steered.step(_values(0.1, 0.9))
+    assert [group["momentum"] for group in plain.param_groups] == [0.9, 0.5]
+
+
+def test_groups_of_different_momenta_cannot_follow_a_schedule_that_changes_it() -> None:
+    groups = [{"params": [_parameter()], "momentum": momentum} for momentum in (0.9, 0.5)]
+    steered = SteeredOptimizer(torch.optim.SGD(groups, lr=0.1))
+    with pytest.raises(InvalidSetting, match=r"momentum 0.98.*groups have 0.5, 0.9. Give all groups the same"):
+        steered.require_momenta([0.9, 0.98])
+
+
+def test_the_momentum_is_right_in_whichever_phase_a_run_is_resumed() -> None:
+    before = torch.optim.SGD([_parameter()], lr=0.1, momentum=0.9)
+    steered = SteeredOptimizer(before)
+    steered.require_momenta([0.9, 0.98, 0.9])
+    steered.step(_values(0.1, 0.9))
+    steered.step(_values(0.1, 0.98))
+    for momentum in (0.98, 0.9):
+        parameter = _parameter()
+        after = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+        resumed = SteeredOptimizer(after)
+        resumed.require_momenta([0.9, 0.98, 0.9])
+        resumed.load_state_dict(steered.state_dict())
+        velocity = float(after.state[parameter]["momentum_buffer"])
+        resumed.step(_values(0.1, momentum))
+        assert after.param_groups[0]["momentum"] == momentum
+        kept = velocity * (1 - 0.98) / (1 - momentum)
+        assert float(after.state[parameter]["momentum_buffer"]) == pytest.approx(momentum * kept + 1.0)
+
+
+def test_a_momentum_that_is_raised_from_the_start_is_set() -> None:
+    optimizer = torch.optim.SGD([_parameter()], lr=0.1, momentum=0.9)
+    steered = SteeredOptimizer(optimizer)
+    steered.require_momenta([0.98])
+    steered.step(_values(0.1, 0.98))
+    assert optimizer.param_groups[0]["momentum"] == 0.98
 
 
 def test_tensor_learning_rates_are_set_in_place() -> None:
@@ -96,6 +147,23 @@ def test_a_direct_step_is_refused_until_the_optimizer_is_let_go() -> None:
     with pytest.raises(MisusedTrainer, match=r"call update.step\(\)"):
         optimizer.step()
     steered.close()
+    optimizer.step()
+
+
+def test_a_guard_that_nobody_closed_gives_way_to_the_next() -> None:
+    optimizer = torch.optim.SGD([_parameter()], lr=0.1)
+    left_over = SteeredOptimizer(optimizer)
+    steered = SteeredOptimizer(optimizer)
+    steered.check()
+    steered.step(_values(0.1, 0.0))
+    with pytest.raises(MisusedTrainer, match="another trainer was made with it since"):
+        left_over.check()
+    left_over.close()
+    for refused in (optimizer.step, optimizer.zero_grad):
+        with pytest.raises(MisusedTrainer, match="was called"):
+            refused()
+    steered.close()
+    optimizer.zero_grad()
     optimizer.step()
 
 
@@ -152,7 +220,7 @@ def test_what_the_noise_scale_needs_to_know_of_an_optimizer_may_be_said() -> Non
 
 
 def test_a_schedule_that_changes_a_momentum_needs_an_optimizer_with_one() -> None:
-    steered = SteeredOptimizer(torch.optim.Adam([_parameter()]), momentum=0.9)
+    steered = SteeredOptimizer(torch.optim.Adam([_parameter()]), momentum=0.9, is_adaptive=False)
     steered.require_momenta([0.9])
     with pytest.raises(InvalidSetting, match=r"momentum 0.98.*Adam has no momentum to be set"):
         steered.require_momenta([0.9, 0.98])
