@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from pydantic import BaseModel, Field
 from elastic_batch.errors import InvalidSetting
 from elastic_batch.schedule.batches import Batch, Scaling
 from elastic_batch.schedule.curves import Span
+from elastic_batch.schedule.durations import Duration
 from elastic_batch.schedule.lengths import Lengths
 from elastic_batch.schedule.resolved import Phase, Schedule
 from elastic_batch.schedule.settings import BatchSize, ScheduleSettings, check_batch
@@ -132,10 +132,18 @@ def first_from_points(data: Any) -> Any:
     first = points[0] if isinstance(points, list | tuple) and points else None
     if isinstance(first, BaseModel):
         first = first.model_dump()
-    if not isinstance(first, dict) or not re.fullmatch(r"0(ep|sp|tok|dur)?", str(first.get("at"))):
+    if not isinstance(first, dict) or not _is_start(first.get("at")):
         return data
     size = first.get("global_batch_size")
     if size is None or data.get("global_batch_size", size) == size:
         return data if size is None else {**data, "global_batch_size": size}
     rule = f"must be what points begins with, {size}"
     raise InvalidSetting("global_batch_size", data["global_batch_size"], rule, "Leave one of them out")
+
+
+def _is_start(at: Any) -> bool:
+    """Whether a point is where the job begins, however it is written."""
+    try:
+        return at == 0 or Duration.parse(at).amount == 0
+    except InvalidSetting:
+        return False  # the field's own check says it with the field's name

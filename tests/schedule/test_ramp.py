@@ -75,6 +75,7 @@ def test_the_plan_of_millions_of_updates_takes_a_moment() -> None:
         ({"points": "4ep:100"}, r"schedule.points\[0\].global_batch_size = 100: must be a multiple"),
         ({"points": "4ep:128", "max_global_batch_size": 100}, "not be above max_global_batch_size = 100"),
         ({"points": "0:128"}, "must be what points begins with, 128"),
+        ({"points": "0.0ep:128"}, "must be what points begins with, 128"),
         ({"points": [{"at": "4ep"}]}, "Field required"),
     ],
 )

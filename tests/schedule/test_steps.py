@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from elastic_batch.errors import InvalidSetting
-from elastic_batch.schedule import Schedule, ScheduleContext, StepsSchedule, plan
+from elastic_batch.schedule import Duration, Schedule, ScheduleContext, StepsSchedule, plan
 
 CONTEXT: dict[str, Any] = {"num_samples": 10_000, "micro_batch_size": 16, "learning_rate": 0.1, "momentum": 0.9}
 JOB: dict[str, Any] = {"global_batch_size": 64, "max_duration": "10ep"}
@@ -64,6 +64,13 @@ def test_a_step_at_the_start_replaces_the_optimizers_values() -> None:
     assert _rows(_build(points=steps)) == [(0, 64, 0.5, 0.5), (5, 64, 0.5, 0.9)]
 
 
+@pytest.mark.parametrize("start", [0, 0.0, "0", "0.0ep", "0e3sp", " 0 dur", Duration.parse("0tok")])
+def test_the_start_may_be_written_in_any_way(start: object) -> None:
+    steps = [{"at": start, "global_batch_size": 64}, {"at": "2ep", "global_batch_size": 128}]
+    spec = StepsSchedule.of(points=steps, max_duration="10ep")
+    assert _rows(spec.build(ScheduleContext(**CONTEXT))) == [(0, 64, 0.1, 0.9), (2, 128, 0.1, 0.9)]
+
+
 @pytest.mark.parametrize(("scaling", "factor"), [("none", 1), ("linear", 4), ("sqrt", 2)])
 def test_the_rate_follows_the_batch_as_asked(scaling: str, factor: float) -> None:
     schedule = _build(points="5ep:256", learning_rate_scaling=scaling)
@@ -85,6 +92,7 @@ def test_the_rate_has_a_shape_of_its_own() -> None:
         ({"points": []}, "at least 1 item"),
         ({"points": "2:128"}, "number with a unit"),
         ({"points": "0:128 2ep:256"}, "global_batch_size = 64: must be what points begins with, 128"),
+        ({"points": "0.0ep:128 2ep:256"}, "global_batch_size = 64: must be what points begins with, 128"),
         ({"points": "2ep:100"}, r"schedule.points\[0\].global_batch_size = 100: must be a multiple"),
         ({"points": "2ep:16000"}, "below the training set's 10000"),
         ({"points": "2ep:256", "max_global_batch_size": 128}, "not be above max_global_batch_size = 128"),
