@@ -110,7 +110,7 @@ class WorkerFailed(ElasticBatchError):
 
 
 class NonFinite(ElasticBatchError):
-    """A loss or gradient was infinite or not a number."""
+    """A loss, its weight or a gradient was infinite or not a number."""
 
     def __init__(self, what: str, update: int, checkpoint: str | None) -> None:
         self.what, self.update, self.checkpoint = what, update, checkpoint
@@ -148,6 +148,25 @@ class CheckpointUnreadable(CheckpointDamaged):
     """A checkpoint's files are there and cannot be read: by a disk, mount or network that may only fail for now."""
 
     _finding = "cannot be read"
+
+
+class CheckpointNotSaved(ElasticBatchError):
+    """The state that training ended with is not on the disk.
+
+    Args:
+        update: How many updates it has.
+        where: Where it was to be saved.
+        error: What went wrong.
+        checkpoint: The newest good checkpoint, if there is one.
+    """
+
+    def __init__(self, update: int, where: str, error: Exception | None, checkpoint: str | None) -> None:
+        self.update, self.where, self.checkpoint = update, where, checkpoint
+        last = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint"
+        super().__init__(
+            f"the state after update {update} could not be saved in {where}: {error}; {last}. Mend what is wrong there, "
+            "and resume: the updates since are done again"
+        )
 
 
 class CheckpointMissing(ElasticBatchError):

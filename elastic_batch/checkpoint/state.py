@@ -6,6 +6,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -158,6 +159,8 @@ def _rebuild(value: Any, path: str, convert: Callable[[Tensor], Tensor], parents
     kind = type(value)
     if kind in _PLAIN_TYPES:
         return value
+    if isinstance(value, np.generic) and type(number := value.item()) in _PLAIN_TYPES:
+        return number
     if kind in _TENSOR_TYPES:
         if value.is_meta:
             raise UnsavableState(path, "a tensor on the meta device, which has no values")

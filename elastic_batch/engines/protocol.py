@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class Standing:
         position: Samples committed.
         num_micro_batches: Micro-batches of the update that comes next.
         stage: What the training thread is at.
-        busy_seconds: How long the stage may take, at most, without being a stall.
+        busy_until: When announced work ends at the latest, in monotonic seconds.
         ended: How this worker's part in the run ended; None: it did not, or with an error.
         newest_writer: The newest generation that has written checkpoints of this run, as this worker found it when it
             came; -1: none. Another coordinator, or a fixed world, may have been at work.
@@ -85,18 +86,24 @@ class Standing:
     position: int = 0
     num_micro_batches: int = 1
     stage: Stage = "wait"
-    busy_seconds: float = 0.0
+    busy_until: float = 0.0
     ended: Departure | None = None
     newest_writer: int = -1
 
     @contextmanager
     def busy(self, seconds: float = LONGEST_STAGE_SECONDS) -> Iterator[None]:
         """Announce work that the others may have to wait for: loading, compiling, evaluating."""
-        self.busy_seconds = seconds
+        before = self.busy_until
+        self.busy_until = max(before, time.monotonic() + seconds)
         try:
             yield
         finally:
-            self.busy_seconds = 0.0
+            self.busy_until = before
+
+    @property
+    def busy_seconds(self) -> float:
+        """How much longer the stage may take without being a stall."""
+        return max(0.0, self.busy_until - time.monotonic())
 
 
 @dataclass(frozen=True, slots=True)

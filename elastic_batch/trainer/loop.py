@@ -21,7 +21,7 @@ from elastic_batch.errors import (
 from elastic_batch.failpoints import reach
 from elastic_batch.schedule import Schedule
 from elastic_batch.trainer.agreement import require_same_parameters
-from elastic_batch.trainer.failures import Severity, exchange, texts
+from elastic_batch.trainer.failures import Severity, exchange, judge, texts
 from elastic_batch.trainer.header import Header
 from elastic_batch.trainer.machinery import Machinery
 from elastic_batch.trainer.options import TrainerOptions
@@ -87,6 +87,7 @@ class UpdateLoop:
         self._is_astray = progress.origin != machinery.engine.generation
         self._num_evaluations = 0
         self._plan: UpdatePlan | None = None
+        self._update: Update | None = None
         self._failed_update: int | None = None
         self._phase_log = PhaseLog(schedule.rule, options.spares)
 
@@ -114,18 +115,19 @@ class UpdateLoop:
         progress = self._progress
         self.restart_source()
         if self._has_looped:
-            progress.stop_reason = progress.stop_wanted = None  # that loop's
+            progress.stop_reason = None  # that loop's
         self._has_looped = True
         concluded = False
         with stopping_on_signals(self.on_signal):
             try:
                 while not concluded:
                     while not self.finished and progress.stop_reason is None:
-                        update = self._open()
+                        self._update = update = self._open()
                         with self._standing.busy() if self._compiles else nullcontext():
                             yield update
-                        self._compiles = False
+                        self._compiles &= update.outcome is Outcome.REPEATED  # it may not have come so far
                         self._settle(update)
+                    concluded = True  # whatever comes of it, the end is on record
                     concluded = self._conclude()
                 if self._everybody_left and not self.finished:
                     self._say_goodbye()
@@ -178,6 +180,7 @@ class UpdateLoop:
         for part in self._state.attached:
             if hasattr(part, "after_update"):
                 part.after_update(update.global_batch_size)
+        self.machinery.is_whole = True  # whatever becomes of the records
         self._recorder.update(update, engine, self.machinery.estimator)
         standing = self._standing
         standing.update, standing.position, standing.stage = progress.num_updates, progress.position, "user"
@@ -189,6 +192,10 @@ class UpdateLoop:
     def on_broken(self, update: Update) -> Header | None:
         """The world broke in an update: enter the next one. Gives the header if the others have committed it."""
         self._enter_next_world(broken=True)
+        return self._header_from_others(update)
+
+    def _header_from_others(self, update: Update) -> Header | None:
+        """After a change of worlds: the header of an update that others have committed; None: it comes again."""
         if self._progress.num_updates > update.index:
             self._is_astray = True  # who committed it may be further in the user's code
             return self._progress.header
@@ -261,13 +268,14 @@ class UpdateLoop:
     def _depart(self) -> None:
         """Leave the world at this boundary; the others go on."""
         reach("leave.start")
-        self._recorder.close()
+        self._recorder.flush()
         self.engine.close()
         self._say_goodbye()
 
     def _say_goodbye(self) -> NoReturn:
         self._standing.ended = "left"
         self._membership.close()
+        self._recorder.close()  # a checkpoint may still be on its way to the disk, and nobody waits for that
         raise LeftWorld("this worker was told to leave", job_is_complete=False)
 
     def _conclude(self) -> bool:
@@ -278,16 +286,25 @@ class UpdateLoop:
         """
         progress = self._progress
         self._standing.stage = "end"
+        error: Exception | None = None
         try:
             self._record_end()
-            exchange(self.engine, None, self.machinery.device)
+        except (ElasticBatchError, OSError) as caught:
+            error = caught
+        try:
+            failures = exchange(self.engine, judge(error, 1) if error else None, self.machinery.device)
         except WorldBroken:
+            if error is not None:
+                raise error from None
             # The next world may have workers that know nothing of a stop: they have to agree on it once more.
             progress.stop_wanted = progress.stop_wanted or progress.stop_reason
             progress.stop_reason, self._everybody_left = None, False
             self._enter_next_world(broken=True)
             return False
+        if failures:
+            raise error or WorkerFailed("the end", texts(failures))
         self._is_astray, self._num_evaluations = False, 0
+        progress.stop_wanted = None
         stopped: Departure = "left" if self._everybody_left else "stopped"
         self._standing.stage, self._standing.ended = "user", "finished" if self.finished else stopped
         return True
@@ -300,6 +317,9 @@ class UpdateLoop:
         """The world broke in an evaluation: enter the next one, and go on in it if all its workers are at the same."""
         # Workers that joined meanwhile are at an update: they wait there, so the others evaluate each alone.
         self._is_astray |= not self._enter_next_world(broken=True, evaluating=self._num_evaluations)
+        update = self._update
+        if update is not None and update.outcome in (Outcome.OPEN, Outcome.BROKEN):
+            update.supersede(self._header_from_others(update))  # it was begun, and is of the world that ended
 
     def _enter_next_world(self, *, broken: bool, evaluating: int = 0) -> bool:
         """Enter the next world. Returns whether all its workers are at the same evaluation."""
@@ -325,7 +345,11 @@ class UpdateLoop:
         engine = self.machinery.engine
         self.machinery.source.start(
             forecast(
-                self._schedule, self._progress.position, rank=engine.rank, size=engine.size, width=self._progress.width
+                self._schedule,
+                self._progress.position,
+                rank=engine.rank,
+                size=engine.size,
+                width=self._progress.width or 1,
             )
         )
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 
 from elastic_batch.checkpoint import CheckpointInfo, Manifest, WriterEvents
+from elastic_batch.errors import InvalidSetting
 from elastic_batch.rundir import Commit, RunDirectory, is_used, read_metrics
-from elastic_batch.telemetry import Metrics, MetricsFile, MetricsServer
+from elastic_batch.telemetry import GuardedLogger, Metrics, MetricsFile, MetricsServer
 from elastic_batch.trainer.options import TrainerOptions
+
+logger = logging.getLogger(__name__)
+
+_PORT_SECONDS = 30.0
+"""Between two attempts to have the metrics' port."""
 
 Report = Callable[[Mapping[str, Any]], None]
 
@@ -32,17 +41,20 @@ class Outlets:
     """
 
     def __init__(self, options: TrainerOptions, *, goes_on: bool, report: Report) -> None:
-        self._loggers = options.loggers
+        self._loggers = [GuardedLogger(type(each).__name__, each) for each in options.loggers]
         self._report = report
         self._directory = _open_directory(options, goes_on)
         self._seconds = 0.0
+        self._serve_at = 0.0
         registry = CollectorRegistry()
         self.metrics = Metrics(registry, run=options.name)
         if self._directory is not None:
             self.metrics.watch_ledger(self._directory.lost_samples)
         port, file = options.metrics_port, options.metrics_file
-        self._server = None if port is None else MetricsServer(registry, port)
         self._file = None if file is None else MetricsFile(registry, file)
+        self._server: MetricsServer | None = None
+        self._open_server = None if port is None else partial(MetricsServer, registry, port)
+        self._serve(or_later=goes_on)
 
     @property
     def run_id(self) -> str | None:
@@ -81,8 +93,9 @@ class Outlets:
     def update(self, record: Mapping[str, Any], commit: Commit) -> None:
         """Put out the record of a committed update."""
         self._seconds += record["seconds"]
-        if self._server is not None or self._file is not None:
+        if self._open_server is not None or self._file is not None:
             self.metrics.update(record)
+            self._serve(or_later=True)
         if self._directory is not None:
             self._directory.record(record)
             self._directory.commit(commit)
@@ -90,6 +103,18 @@ class Outlets:
             self._file.maybe_write()
         for each in self._loggers:
             each.log(record)
+
+    def _serve(self, *, or_later: bool) -> None:
+        """Serve the metrics. An earlier lead worker on this machine may have the port still: it is on its way out."""
+        if self._server is not None or self._open_server is None or time.monotonic() < self._serve_at:
+            return
+        try:
+            self._server = self._open_server()
+        except InvalidSetting as error:
+            if not or_later:
+                raise
+            self._serve_at = time.monotonic() + _PORT_SECONDS
+            logger.warning("metrics are not served yet: %s", error)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Put out the record of an evaluation."""

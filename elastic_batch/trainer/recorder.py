@@ -16,7 +16,7 @@ from typing import Any
 
 from elastic_batch.checkpoint import Checkpoint, CheckpointInfo, CheckpointStore, Manifest, check_fingerprint
 from elastic_batch.engines import Engine
-from elastic_batch.errors import RunDirectoryMissing
+from elastic_batch.errors import CheckpointNotSaved, RunDirectoryMissing, RunDirectoryUsed
 from elastic_batch.failpoints import reach
 from elastic_batch.noise import NoiseScaleEstimator
 from elastic_batch.rundir import Commit, Hold, read_run_id
@@ -133,6 +133,17 @@ class Recorder:
         if self._hold is None and self._options.run_dir is not None:
             self._hold = Hold(Path(self._options.run_dir))
 
+    def require_unused(self) -> None:
+        """See that a fresh run would not write over another one's checkpoints.
+
+        Raises:
+            RunDirectoryUsed: There are some.
+            OSError: It cannot be read.
+        """
+        location = self.checkpoint_location
+        if location is not None and (self.newest_writer() >= 0 or CheckpointStore(location).manifests()):
+            raise RunDirectoryUsed(location)
+
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of this job.
 
@@ -175,7 +186,9 @@ class Recorder:
             self._outlets.flush()
 
     def _open(self, generation: int, progress: Progress, *, is_new: bool) -> None:
-        self._outlets = outlets = Outlets(self._options, goes_on=not is_new, report=self.report)
+        self._outlets = outlets = Outlets(
+            self._options, goes_on=not is_new or self._resumed_from is not None, report=self.report
+        )
         self._owes = True
         if progress.num_updates:
             outlets.metrics.resume(progress.position)
@@ -186,6 +199,11 @@ class Recorder:
                 generation = self.newest_writer() + 1
             store = CheckpointStore(location, keep=self._options.keep, generation=generation)
             self._saver = Saver(store, self._checkpoint_interval(), outlets.checkpoint_events)
+
+    def flush(self) -> None:
+        """Let what was recorded survive the end of this process."""
+        if self._outlets is not None:
+            self._outlets.flush()
 
     def begin_update(self) -> None:
         """An update starts; what lies between updates is the user's time and does not count."""
@@ -263,23 +281,46 @@ class Recorder:
             position: Samples committed.
             num_updates: Updates committed.
             reason: Why it ended before the schedule did; None if it did not.
+
+        Raises:
+            CheckpointNotSaved: The last state is not on the disk.
         """
-        if self._outlets is None:
+        if self._outlets is None or self._is_outrun():
             return
+        unsaved = self._save_last(collect, position, num_updates) if position and collect is not None else None
         if self._saver is not None:
-            if position and collect is not None:
-                self._checkpoint(collect, position, num_updates)
             self._saver.wait()
-        finished = position >= self._schedule.end
+        finished = position >= self._schedule.end and unsaved is None
         self._ending = {
             "updates": num_updates,
             "samples": position,
             "finished": finished,
-            "reason": "the schedule's end" if finished else reason or "an error",
+            "reason": "the schedule's end"
+            if finished
+            else "the state was not saved"
+            if unsaved
+            else reason or "an error",
             "world_size": self.last_record.get("world_size"),
         }
         self._summarize()
         self._outlets.sync()
+        if unsaved is not None:
+            raise unsaved
+
+    def _is_outrun(self) -> bool:
+        """Whether others went on with the run without this worker, and have begun to write: the end is theirs."""
+        return self._saver is not None and self._saver.generation < self.newest_writer()
+
+    def _save_last(self, collect: Collect, position: int, num_updates: int) -> CheckpointNotSaved | None:
+        """Save the state that a run ends with, at the second attempt if need be. Returns why it is not saved."""
+        if (saver := self._saver) is None:
+            return None
+        for _ in range(2):
+            self._checkpoint(collect, position, num_updates)
+            saver.wait()
+            if saver.error is None:
+                return None
+        return CheckpointNotSaved(num_updates, str(self.checkpoint_location), saver.error, self.last_checkpoint)
 
     def save_alone(self, collect: Collect, progress: Progress, ended: Engine, *, broken: bool) -> None:
         """Save the state of a worker that ends because there is no next world for it; the lead does so in `finish`.

@@ -17,6 +17,7 @@ from elastic_batch.checkpoint import (
     CheckpointWriter,
     Manifest,
     WriterEvents,
+    check_state,
     open_checkpoint,
 )
 from elastic_batch.errors import InvalidSetting
@@ -57,6 +58,7 @@ class SavedState:
 
         Raises:
             InvalidSetting: The name is taken, or the object has no state.
+            UnsavableState: The state is not one that checkpoints can hold.
         """
         if name in self._attached:
             raise InvalidSetting("attach", name, "must be a name that is not attached yet")
@@ -64,6 +66,7 @@ class SavedState:
             raise InvalidSetting(
                 f"attach({name}=...)", type(part).__name__, "must have state_dict() and load_state_dict(state)"
             )
+        check_state({name: part.state_dict()})
         self._attached[name] = part
         if name in self._waiting:
             part.load_state_dict(self._waiting.pop(name))
@@ -76,7 +79,8 @@ class SavedState:
         """Everything, nested; tensors are those that training uses."""
         return {
             **{name: part.state_dict() for name, part in self._parts.items()},
-            "attached": {name: part.state_dict() for name, part in self._attached.items()},
+            # What an earlier script attached stays with the run, though this one has no object for it.
+            "attached": {**self._waiting, **{name: part.state_dict() for name, part in self._attached.items()}},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -150,10 +154,12 @@ class Saver:
 
     Attributes:
         newest: The newest checkpoint that was written.
+        error: Why the state that was submitted last is not saved; None: it is, or is on its way.
     """
 
     def __init__(self, store: CheckpointStore, interval: int | None, events: WriterEvents) -> None:
         self.newest: Manifest | None = None
+        self.error: Exception | None = None
         self._interval = interval
         self._submitted: int | None = None
 
@@ -162,7 +168,17 @@ class Saver:
             logger.info("saved checkpoint %s, %d bytes, in %.2f s", manifest.name, manifest.num_bytes, seconds)
             events.saved(manifest, seconds)
 
-        self._writer = CheckpointWriter(store, replace(events, saved=on_saved))
+        def on_failed(error: Exception, info: CheckpointInfo) -> None:
+            if info.position == self._submitted:
+                self.error = error
+            events.failed(error, info)
+
+        self._writer = CheckpointWriter(store, replace(events, saved=on_saved, failed=on_failed))
+
+    @property
+    def generation(self) -> int:
+        """That of the world that checkpoints belong to."""
+        return self._writer.store.generation
 
     def enter(self, generation: int) -> None:
         """From here on, checkpoints belong to a newer world."""
@@ -176,12 +192,12 @@ class Saver:
         """Copy the state that `collect` gives, to be written while training goes on.
 
         Returns:
-            False, and nothing is copied, if this position was submitted already.
+            False, and nothing is copied, if this position was submitted already and has not failed.
         """
-        if info.position == self._submitted:
+        if info.position == self._submitted and self.error is None:
             return False
+        self.error, self._submitted = None, info.position
         self._writer.copy_and_submit(collect(), info)
-        self._submitted = info.position
         return True
 
     def wait(self) -> None:

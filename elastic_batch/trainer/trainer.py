@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any, Self
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from elastic_batch.checkpoint import check_state
 from elastic_batch.data import count_samples
 from elastic_batch.engines import Engine, Membership, Standing, open_membership
 from elastic_batch.errors import MisusedTrainer, WorldBroken
@@ -253,12 +255,13 @@ class Trainer:
 
     def close(self) -> None:
         """Give everything back: data processes, records, the optimizer and the world."""
-        self._recorder.close()
-        self._optimizer.close()
-        if self._loop is not None:
-            self._loop.close()
-        if self._membership is not None:
-            self._membership.close()
+        with ExitStack() as ending:  # whichever of them fails, the others are closed; the last one first
+            if self._membership is not None:
+                ending.callback(self._membership.close)
+            if self._loop is not None:
+                ending.callback(self._loop.close)
+            ending.callback(self._optimizer.close)
+            ending.callback(self._recorder.close)
 
     def __enter__(self) -> Self:
         return self
@@ -272,6 +275,8 @@ class Trainer:
             return self._loop
         self._membership = self._membership or open_membership(self._device)
         self._recorder.report = self._membership.progress
+        if self._membership.is_elastic or self._recorder.checkpoint_location is not None:
+            check_state(self._state.collect())  # now, and not when the first checkpoint is due
         worlds = Worlds(
             self._membership,
             self._device,

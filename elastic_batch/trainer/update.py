@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from elastic_batch.data import DataError, PassRequest
+from elastic_batch.data import PassRequest
 from elastic_batch.engines import Wishes
 from elastic_batch.errors import MisusedTrainer, NonFinite, WorldBroken
 from elastic_batch.failpoints import reach
@@ -50,7 +50,7 @@ class UpdateOwner(Protocol):
         """What to ask of the other workers in the header."""
 
     def on_commit(self, update: Update) -> None:
-        """The update has committed; `step` is about to return."""
+        """The update has committed; `step` is about to return. Makes the state whole: position and all."""
 
     def on_broken(self, update: Update) -> Header | None:
         """The world broke: enter the next one. Gives the update's header if the others have committed it there."""
@@ -85,6 +85,7 @@ class Update:
         self._owner = owner
         self._divisor = machinery.scaler.divisor(self.global_batch_size)
         self._num_done = 0
+        self._is_iterated = self._is_stepped = False
         self._awaits_backward = False
         self._mean_check: MeanCheck | None = None
         self._draws: PassDraws | None = None
@@ -136,6 +137,11 @@ class Update:
         The first batch of a run comes some times more, whole and in halves, to check the loss (see `MeanCheck`).
         """
         machinery = self._machinery
+        if self._is_iterated:
+            self.fail(MisusedTrainer("an update's batches are there once; loop over it once, and keep what is needed"))
+        self._is_iterated = True
+        if self.is_settled:
+            return
         with preserved(machinery.device):
             for request in self._requests:
                 batch = self._fetch(request)
@@ -156,6 +162,10 @@ class Update:
                     self.fail(MisusedTrainer("a batch got no update.backward(loss); call it once for each batch"))
                 if self.is_settled:
                     return
+
+    @property
+    def _is_superseded(self) -> bool:
+        return self.outcome in (Outcome.REPEATED, Outcome.RECEIVED)
 
     @property
     def is_settled(self) -> bool:
@@ -181,6 +191,8 @@ class Update:
             if weight is None:
                 self._mean_check.record(loss)
             return
+        if self._is_superseded:
+            return
         if not self._awaits_backward:
             raise MisusedTrainer("update.backward(loss) belongs inside the loop over the update, once for each batch")
         self._awaits_backward = False
@@ -204,6 +216,16 @@ class Update:
         self.error = error
         self.failure = judge(error, width)
 
+    def supersede(self, header: Header | None) -> None:
+        """Another world has begun: what this worker has of the update belongs to none.
+
+        Args:
+            header: The update's, if the others have committed it; None: it comes again.
+        """
+        self._awaits_backward = False
+        self.header = header
+        self.outcome = Outcome.REPEATED if header is None else Outcome.RECEIVED
+
     def step(self) -> bool:
         """Reduce over the workers and commit.
 
@@ -214,8 +236,11 @@ class Update:
             MisusedTrainer: Called twice.
             NonFinite: The loss or the gradient is not finite, on every worker alike; nothing was applied.
         """
-        if self.outcome not in (Outcome.OPEN, Outcome.BROKEN):
+        if self._is_stepped:
             raise MisusedTrainer("update.step() was called twice for one update")
+        self._is_stepped = True
+        if self._is_superseded:
+            return self.header is not None
         if self.outcome is Outcome.BROKEN:
             return self._after_break()
         if not self.is_settled and self._num_done < len(self._requests):
@@ -263,7 +288,7 @@ class Update:
         except WorldBroken as error:
             self._break(error)
             return None
-        except (DataError, RuntimeError, MemoryError) as error:
+        except Exception as error:  # of users' own batches and transforms as well: the others must hear of it
             self.fail(error)
             return None
 
@@ -342,16 +367,23 @@ class Update:
 
     def _commit(self, header: Header, statistics: Tensor) -> None:
         machinery = self._machinery
+        if header.weight < 0:
+            raise MisusedTrainer(
+                f"the weights of update {self.plan.index} sum to {header.weight:g}; a weight counts what a loss was summed "
+                "over, so it is at least 0"
+            )
+        weighed = math.isfinite(header.weight)
         finite_loss, finite_gradient = math.isfinite(header.loss_sum), math.isfinite(header.gradient_norm)
-        overflow = machinery.scaler.may_overflow and finite_loss and not finite_gradient
-        if not (finite_loss and finite_gradient) and not overflow and machinery.on_non_finite == "stop":
-            what = "the gradient" if finite_loss else "the loss"
+        is_sound = weighed and finite_loss and finite_gradient
+        overflow = machinery.scaler.may_overflow and weighed and finite_loss and not finite_gradient
+        if not (is_sound or overflow) and machinery.on_non_finite == "stop":
+            what = "the gradient" if weighed and finite_loss else "the loss" if weighed else "the weight"
             raise NonFinite(what, self.plan.index, machinery.last_checkpoint())
         self.header = header
         machinery.standing.stage = "commit"
         reach("commit.start")
         machinery.is_whole = False
-        if finite_loss and finite_gradient and header.weight > 0:
+        if is_sound and header.weight > 0:
             self._apply(header, statistics)
             self.outcome = Outcome.COMMITTED
         else:
@@ -359,7 +391,6 @@ class Update:
         machinery.scaler.record(overflow=overflow)
         reach("commit.done")
         self._owner.on_commit(self)
-        machinery.is_whole = True
 
     def _apply(self, header: Header, statistics: Tensor) -> None:
         machinery = self._machinery
@@ -375,8 +406,7 @@ class Update:
             machinery.estimator.add(header.noise_sums(self.plan.num_samples * header.weight / samples), samples)
 
     def _after_break(self) -> bool:
-        self.header = self._owner.on_broken(self)
-        self.outcome = Outcome.REPEATED if self.header is None else Outcome.RECEIVED
+        self.supersede(self._owner.on_broken(self))
         return self.header is not None
 
     def _break(self, error: WorldBroken) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from elastic_batch.checkpoint import Checkpoint
 from elastic_batch.engines import Engine, Membership, Standing
-from elastic_batch.errors import ElasticBatchError, NoNextWorld, WorkerFailed, WorldBroken
+from elastic_batch.errors import NoNextWorld, WorkerFailed, WorldBroken
 from elastic_batch.failpoints import reach
 from elastic_batch.schedule import Schedule
 from elastic_batch.trainer.failures import exchange, judge, texts
@@ -136,7 +136,7 @@ class Worlds:
         error: Exception | None = None
         try:
             action()
-        except (ElasticBatchError, OSError) as caught:
+        except Exception as caught:  # of users' own load_state_dict as well: the others must hear of it
             error = caught
         failures = exchange(engine, judge(error, 1) if error else None, self._device)
         if error is not None:
@@ -146,14 +146,17 @@ class Worlds:
 
     def _take_up(self, generation: int) -> None:
         """Load the checkpoint to resume from, or begin."""
+        recorder, resume = self._recorder, os.fspath(self._options.resume)
         if not self._membership.is_elastic:
-            self._recorder.claim()
-        checkpoint: Checkpoint | None = find_checkpoint(
-            os.fspath(self._options.resume), self._recorder.checkpoint_location
-        )
+            recorder.claim()
+        elif recorder.newest_writer() > self._standing.newest_writer:
+            resume = "auto"  # the run has gone on since this worker came: what began it is of no use any more
+        if resume == "never":
+            recorder.require_unused()
+        checkpoint: Checkpoint | None = find_checkpoint(resume, recorder.checkpoint_location)
         progress = self._progress
         if checkpoint is not None:
-            self._recorder.resume(checkpoint)
+            recorder.resume(checkpoint)
             self._state.restore(checkpoint.state)
             progress.position, progress.num_updates = checkpoint.manifest.position, checkpoint.manifest.update
             logger.info(

@@ -40,7 +40,6 @@ class Text(str):
         ({"a": Pair(1, 2)}, "state['a']", "Pair"),
         ({"a": Text("x")}, "state['a']", "Text"),
         ({"a": defaultdict(int)}, "state['a']", "of type collections.defaultdict"),
-        ({"a": np.float64(1)}, "state['a']", "of type numpy.float64"),
         ({"a": b""}, "state['a']", "of type builtins.bytes"),
         ({"a": np.zeros(3)}, "state['a']", "of type numpy.ndarray"),
         ({"a": {Rule.LINEAR: 1}}, "a key of state['a']", "Rule"),

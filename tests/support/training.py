@@ -17,6 +17,7 @@ from elastic_batch.engines import Engine, FixedWorld, Membership
 from elastic_batch.errors import ElasticBatchError
 from elastic_batch.noise import NoiseSums
 from elastic_batch.schedule import StepsSchedule
+from elastic_batch.trainer.loop import UpdateLoop
 
 SCHEDULE = StepsSchedule.of(
     strategy="steps",
@@ -293,6 +294,33 @@ def evaluate_through_a_failure(engine: Engine, plan: Plan) -> tuple[Any, int]:
         trainer.start()
         failing.fail_at = failing.num_collectives
         return trainer.evaluate(trainer._train_set, losses_of_tokens, batch_size=7), membership.num_worlds
+
+
+def evaluate_inside_an_update(engine: Engine, plan: Plan) -> tuple[dict[str, Any], list[str]]:
+    """The world breaks in an evaluation while an update is open, before, amid or after its batches, by its index."""
+    failing = FailingEngine(engine, None)
+    outcomes: list[str] = []
+    with make_trainer(plan, RecoveringMembership(failing)) as trainer:
+
+        def evaluate(place: int) -> None:
+            if update.index % 3 == place and not outcomes.count(f"{update.index} repeated"):
+                failing.fail_at = failing.num_collectives
+                trainer.evaluate(trainer._train_set, losses_of_tokens, batch_size=7)
+
+        for update in trainer.updates():
+            evaluate(0)
+            for number, batch in enumerate(update):
+                if number == 0:
+                    evaluate(1)
+                update.backward(*plan.job.loss_fn(trainer.model, batch))
+            evaluate(2)
+            update.step()
+            outcomes.append(f"{update.index} {update.outcome.value}")
+            if isinstance(trainer._loop, UpdateLoop) and isinstance(trainer._loop.engine, FailingEngine):
+                failing = trainer._loop.engine
+            if trainer.num_updates == plan.num_updates - 1:
+                trainer.stop("enough")
+        return state_of(trainer.model, trainer._optimizer.optimizer), outcomes
 
 
 def disturb_one_worker(engine: Engine, plan: Plan, rank: int) -> str:

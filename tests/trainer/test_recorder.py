@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from support.jobs import IMAGES
 from support.training import Plan, make_trainer, run
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from elastic_batch.engines import FixedWorld, SoloEngine
+from elastic_batch.checkpoint import CheckpointStore
+from elastic_batch.engines import Engine, FixedWorld, SoloEngine
+from elastic_batch.errors import CheckpointNotSaved
 from elastic_batch.rundir import read_run_ledger, read_summary
 from elastic_batch.schedule import MilestoneSchedule
 from elastic_batch.trainer import Trainer
@@ -71,3 +75,62 @@ def test_the_summary_has_every_evaluation_after_the_last_update(tmp_path: Path) 
             trainer._recorder.evaluation(metrics, 8 * num_updates, num_updates)
         trainer._recorder.finish(None, 16, 2, "far enough")
     assert read_summary(tmp_path / "run")["metrics"] == {"accuracy": 0.5, "ema": 0.6}
+
+
+def _fail_to_save(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """Have the disk be full for the next so many checkpoints."""
+    save, failures = CheckpointStore.save, iter(range(times))
+
+    def save_or_fail(self: CheckpointStore, *args: Any, **named: Any) -> Any:
+        if next(failures, None) is not None:
+            raise OSError(28, "No space left on device")
+        return save(self, *args, **named)
+
+    monkeypatch.setattr(CheckpointStore, "save", save_or_fail)
+
+
+def test_the_last_state_is_saved_at_the_second_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _fail_to_save(monkeypatch, 1)
+    plan = Plan(IMAGES, num_updates=3, options={"run_dir": tmp_path, "checkpoint_every": None})
+    with make_trainer(plan, FixedWorld(SoloEngine())) as trainer:
+        run(trainer, plan)
+    (saved,) = CheckpointStore(tmp_path / "checkpoints").manifests()
+    assert saved.update == 3
+
+
+def test_a_run_whose_last_state_could_not_be_saved_is_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _fail_to_save(monkeypatch, 99)
+    plan = Plan(IMAGES, end=64, options={"run_dir": tmp_path})
+    with make_trainer(plan, FixedWorld(SoloEngine())) as trainer, pytest.raises(CheckpointNotSaved, match="No space"):
+        list(trainer)
+    assert trainer.finished
+    assert (read_summary(tmp_path)["finished"], read_summary(tmp_path)["reason"]) == (False, "the state was not saved")
+
+
+def test_a_lead_without_which_others_went_on_leaves_the_end_to_them(tmp_path: Path) -> None:
+    plan = Plan(IMAGES, options={"run_dir": tmp_path})
+    with make_trainer(plan, FixedWorld(SoloEngine())) as trainer:
+        for _ in trainer:
+            CheckpointStore(tmp_path / "checkpoints", generation=7).raise_fence()
+            break
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_worker_that_came_before_the_run_went_on_takes_its_newest_state_however_it_was_to_begin(
+    tmp_path: Path,
+) -> None:
+    early, late = (Plan(IMAGES, num_updates=3, options={"run_dir": tmp_path}) for _ in range(2))
+
+    class Standby(FixedWorld):
+        is_elastic = True
+
+        def first(self, *given: Any) -> Engine:
+            with make_trainer(early, FixedWorld(SoloEngine())) as other:
+                run(other, early)
+            return SoloEngine(9)
+
+    with make_trainer(late, Standby(SoloEngine(9))) as trainer:
+        trainer.start()
+        assert trainer.num_updates == 3

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+import socket
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import training
@@ -21,8 +25,16 @@ from torch.nn.parallel import DataParallel
 from torch.utils.data import IterableDataset
 
 from elastic_batch import EMA, Trainer
+from elastic_batch.checkpoint import CheckpointStore
 from elastic_batch.engines import FixedWorld, SoloEngine
-from elastic_batch.errors import InvalidSetting, MisusedTrainer, NonFinite, RunDirectoryUsed, UnknownName
+from elastic_batch.errors import (
+    InvalidSetting,
+    MisusedTrainer,
+    NonFinite,
+    RunDirectoryUsed,
+    UnknownName,
+    UnsavableState,
+)
 
 _PLAN = Plan(TOKENS, num_updates=10)
 
@@ -68,6 +80,17 @@ def test_a_run_that_was_stopped_can_go_on() -> None:
         assert trainer.num_updates == 6
 
 
+def test_a_stop_that_was_asked_for_in_a_loop_that_was_left_is_not_forgotten() -> None:
+    with _trainer() as trainer:
+        for update in _losing_loop(trainer):
+            if update.index == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if update.index == 2:
+                break  # such as a loop for each epoch: nobody was told of the stop
+        list(_losing_loop(trainer))
+        assert (trainer.num_updates, trainer.stop_reason) == (4, "SIGTERM")
+
+
 def test_break_on_every_worker_hangs_nobody_and_evaluation_still_works() -> None:
     assert run_world(3, training.break_off, _PLAN, 5) == [5, 5, 5]
 
@@ -95,6 +118,21 @@ def test_an_evaluation_whose_collective_fails_is_repeated_in_the_next_world() ->
     for means, num_worlds in run_world(2, training.evaluate_through_a_failure, _PLAN):
         assert num_worlds == 2
         assert means["loss"] == pytest.approx(expected["loss"], rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_world_that_breaks_in_an_evaluation_inside_an_update_has_the_update_come_again(size: int) -> None:
+    plan = Plan(TOKENS, num_updates=6, owns_loop=True, options={"check_loss": False})
+    expected = training.train(SoloEngine(), plan)
+    for state, outcomes in run_world(size, training.evaluate_inside_an_update, plan):
+        assert outcomes == [f"{index} {outcome}" for index in range(6) for outcome in ("repeated", "committed")]
+        assert largest_difference(state, expected) < 1e-12
+
+
+def test_a_world_may_break_in_an_evaluation_before_passes_have_a_width() -> None:
+    options = {"num_workers": 1, "micro_batches_per_pass": 2}
+    for means, _ in run_world(2, training.evaluate_through_a_failure, Plan(TOKENS, options=options)):
+        assert means["loss"] > 0
 
 
 def test_workers_that_differ_are_named() -> None:
@@ -150,6 +188,23 @@ def test_fp16_gradients_that_are_never_finite_stop_the_run() -> None:
             list(_losing_loop(trainer))
 
 
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        (math.nan, NonFinite, "the weight of update 0 is not finite"),
+        (math.inf, NonFinite, "the weight of update 0 is not finite"),
+        (-1.0, MisusedTrainer, "the weights of update 0 sum to -4"),
+    ],
+)
+def test_weights_that_count_nothing_stop_the_run(weight: float, error: type[Exception], message: str) -> None:
+    with _trainer(check_loss=False) as trainer:
+        update = next(trainer.updates())
+        for batch in update:
+            update.backward(TOKENS.loss_fn(trainer.model, batch)[0], weight)
+        with pytest.raises(error, match=message):
+            update.step()
+
+
 def test_updates_that_are_not_finite_can_be_skipped() -> None:
     with _trainer(on_non_finite="skip", check_loss=False) as trainer:
         skipped = []
@@ -179,6 +234,87 @@ def test_no_checkpoint_is_made_of_a_half_applied_update(tmp_path: Path) -> None:
     with trainer, pytest.raises(MemoryError):
         list(_losing_loop(trainer))
     assert not list((tmp_path / "checkpoints").glob("*.json"))
+
+
+def test_a_state_that_cannot_be_saved_is_refused_at_once(tmp_path: Path) -> None:
+    class Tracker:
+        def state_dict(self) -> dict[str, Any]:
+            return {"best": np.zeros(1)}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            pass
+
+    with _trainer(run_dir=tmp_path) as trainer, pytest.raises(UnsavableState, match=r"\['tracker'\]\['best'\]"):
+        trainer.attach(tracker=Tracker())
+
+
+def test_a_state_for_which_a_later_script_has_no_object_stays_with_the_run(tmp_path: Path) -> None:
+    class Count:
+        value = 0
+
+        def after_update(self, num_samples: int) -> None:
+            self.value += 1
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"value": np.int64(self.value)}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.value = state["value"]
+
+    counts = [Count(), None, Count()]
+    for number, count in enumerate(counts):
+        with _trainer(run_dir=tmp_path, resume="auto" if number else "never") as trainer:
+            if count is not None:
+                trainer.attach(count=count)
+            next(_losing_loop(trainer))
+    assert [count and count.value for count in counts] == [1, None, 2]
+
+
+def test_a_tracker_that_fails_ends_nothing(tmp_path: Path) -> None:
+    class Down:
+        def log(self, record: Mapping[str, Any]) -> None:
+            raise OSError("the tracker is down")
+
+        def close(self) -> None:
+            raise OSError("the tracker is down")
+
+    with _trainer(run_dir=tmp_path, loggers=[Down()]) as trainer:
+        list(_losing_loop(trainer))
+        assert trainer.finished
+
+
+def test_a_state_is_whole_though_its_record_could_not_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no room")
+
+    with _trainer(run_dir=tmp_path) as trainer:
+        loop = _losing_loop(trainer)
+        next(loop)
+        monkeypatch.setattr(trainer._recorder, "update", fail)
+        with pytest.raises(OSError, match="no room"):
+            next(loop)
+    (manifest,) = CheckpointStore(tmp_path / "checkpoints").manifests()
+    assert manifest.update == 2
+
+
+def test_a_metrics_port_that_an_earlier_lead_still_has_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("elastic_batch.trainer.outlets._PORT_SECONDS", 0.0)
+    with _trainer(run_dir=tmp_path) as trainer:
+        next(_losing_loop(trainer))
+    with socket.create_server(("127.0.0.1", 0)) as earlier:
+        port = earlier.getsockname()[1]
+        fresh = _trainer(run_dir=tmp_path / "other", metrics_port=port)
+        with fresh as trainer, pytest.raises(InvalidSetting, match="metrics_port"):
+            trainer.start()
+        with _trainer(run_dir=tmp_path, resume="auto", metrics_port=port) as trainer:
+            loop = _losing_loop(trainer)
+            next(loop)
+            earlier.close()
+            next(loop)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as reply:
+                assert b"elastic_batch_updates_total" in reply.read()
 
 
 def test_attached_objects_are_saved_and_restored(tmp_path: Path) -> None:
@@ -211,6 +347,12 @@ def test_a_used_run_directory_is_refused_unless_resumed(tmp_path: Path) -> None:
         next(_losing_loop(trainer))
     with _trainer(run_dir=tmp_path) as trainer, pytest.raises(RunDirectoryUsed):
         next(trainer.updates())
+
+
+def test_another_run_s_checkpoints_are_not_written_over(tmp_path: Path) -> None:
+    for directory, refused in (("a", nullcontext()), ("b", pytest.raises(RunDirectoryUsed, match="common"))):
+        with _trainer(run_dir=tmp_path / directory, checkpoint_location=tmp_path / "common") as trainer, refused:
+            next(_losing_loop(trainer))
 
 
 def _direct_backward(trainer: Trainer) -> None:
@@ -248,6 +390,14 @@ def _no_backward(trainer: Trainer) -> None:
         update.step()
 
 
+def _twice_over_the_batches(trainer: Trainer) -> None:
+    for update in trainer.updates():
+        for _ in range(2):
+            for batch in update:
+                update.backward(*TOKENS.loss_fn(trainer.model, batch))
+        update.step()
+
+
 def _step_too_early(trainer: Trainer) -> None:
     for update in trainer.updates():
         for batch in update:
@@ -280,6 +430,7 @@ def _own_step(trainer: Trainer) -> None:
         (_no_step, r"update.step\(\) was not called"),
         (_two_steps, r"update.step\(\) was called twice"),
         (_no_backward, r"a batch got no update.backward\(loss\)"),
+        (_twice_over_the_batches, "loop over it once"),
         (_step_too_early, "before every batch of the update was run"),
         (_vector_loss, r"the loss has shape \(7, 20\); it must be one number"),
         (_own_learning_rate, r"remove scheduler.step\(\)"),
