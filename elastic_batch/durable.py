@@ -11,6 +11,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -35,7 +36,8 @@ class PendingFile:
         self._digest = hashlib.sha256()
         self._published = False
         self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
-        _try_lock(self._descriptor)
+        with suppress(OSError):  # some file systems know no locks
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     @property
     def digest(self) -> str:
@@ -104,16 +106,27 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
-def is_being_written(path: Path) -> bool:
-    """Whether a living process on a host that shares locks with this one has `path` open as a `PendingFile`."""
+def is_being_written(path: Path) -> bool | None:
+    """Whether a living process on a host that shares locks with this one has `path` open as a `PendingFile`.
+
+    None: that cannot be known, for want of locks or for a fault of the file system.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+    except FileNotFoundError:
         return False
+    except OSError:
+        return None
     try:
-        return not _try_lock(descriptor)
+        # An exclusive lock would need a descriptor for writing on NFS.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
     finally:
         os.close(descriptor)
+    return False
 
 
 def remove_if_there(path: Path) -> None:
@@ -138,24 +151,16 @@ def make_directory(path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Wait until the names in a directory are on the disk; some network file systems cannot, and do so anyway."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Wait until the names in a directory are on the disk.
+
+    Some network file systems cannot, and do so anyway; and who may write to a directory may still not read it.
+    """
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         if error.errno not in _CANNOT_SYNC_DIRECTORIES:
             raise
-    finally:
-        os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    """Lock without waiting; False only if another open file holds the lock."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        # This file system knows no locks: nobody can hold one.
-        return True
-    return True

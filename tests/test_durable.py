@@ -73,15 +73,44 @@ def test_only_a_file_that_is_open_for_writing_counts_as_being_written(tmp_path: 
     assert not is_being_written(tmp_path / "file")
 
 
-def test_a_file_system_without_locks_shows_nothing_as_being_written(
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EIO])
+def test_without_locks_nobody_knows_what_is_being_written(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with PendingFile(tmp_path / "pending") as pending:
+        assert is_being_written(pending.path) is None
+        assert is_being_written(tmp_path / "nothing") is False
+
+
+def test_where_an_exclusive_lock_takes_a_descriptor_for_writing_a_writer_is_still_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unknown(descriptor: int, operation: int) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
+    flock = fcntl.flock
 
-    monkeypatch.setattr(fcntl, "flock", unknown)
+    def as_on_nfs(descriptor: int, operation: int) -> None:
+        may_write = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+        if operation & fcntl.LOCK_EX and not may_write:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", as_on_nfs)
     with PendingFile(tmp_path / "pending") as pending:
-        assert not is_being_written(pending.path)
+        assert is_being_written(pending.path) is True
+        pending.publish(tmp_path / "file")
+    assert is_being_written(tmp_path / "file") is False
+
+
+def test_a_file_that_cannot_be_opened_may_be_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "pending").touch()
+    monkeypatch.setattr(os, "open", fail)
+    assert is_being_written(tmp_path / "pending") is None
 
 
 def test_directories_are_made_with_their_parents_and_again(tmp_path: Path) -> None:
@@ -106,6 +135,17 @@ def test_a_directory_that_cannot_be_synced_is_no_error_but_a_failing_disk_is(
     code = errno.EIO
     with pytest.raises(OSError, match="Input/output"):
         sync_directory(tmp_path)
+
+
+def test_a_directory_is_made_in_one_that_may_be_written_but_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, flags: int) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    make_directory(tmp_path / "a")
+    assert (tmp_path / "a").is_dir()
 
 
 def test_removing_what_is_gone_is_no_error(tmp_path: Path) -> None:

@@ -20,14 +20,7 @@ def write_payload(state: Any, payload: Payload) -> None:
         UnsavableState: They cannot.
         OSError: The disk is full or fails.
     """
-    try:
-        # Of a file, torch.save asks for `write` and `flush` only.
-        torch.save(state, cast(IO[bytes], payload))
-    except Exception:
-        # torch reports a write that failed as an error of its own; the disk's word says more.
-        if payload.error is not None:
-            raise payload.error from None
-        raise
+    save_to(state, payload)
     payload.sync()
     try:
         # Mapped, not read: only the structure is parsed.
@@ -36,6 +29,22 @@ def write_payload(state: Any, payload: Payload) -> None:
         text = str(error)
         reason = (text.partition("WeightsUnpickler error: ")[2] or text).partition(". ")[0]
         raise UnsavableState("state", f"not readable by torch.load(weights_only=True) ({reason})") from error
+
+
+def save_to(state: Any, payload: Payload) -> None:
+    """Write a state by `torch.save`.
+
+    Raises:
+        OSError: The disk is full or fails.
+    """
+    try:
+        # Of a file, torch.save asks for `write` and `flush` only.
+        torch.save(state, cast(IO[bytes], payload))
+    except Exception:
+        # torch reports a write that failed as an error of its own; the disk's word says more.
+        if payload.error is not None:
+            raise payload.error from None
+        raise
 
 
 def check_payload(path: Path, manifest: Manifest) -> None:

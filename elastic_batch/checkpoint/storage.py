@@ -72,8 +72,8 @@ class Storage(Protocol):
     def temporary_generation(self, name: str) -> int | None:
         """Which generation left this unfinished file; None if it is not one."""
 
-    def is_being_written(self, name: str) -> bool:
-        """Whether a living process still writes this file, as far as can be known."""
+    def is_being_written(self, name: str) -> bool | None:
+        """Whether a living process still writes this file; None where that cannot be known."""
 
 
 class DirectoryStorage:
@@ -132,6 +132,6 @@ class DirectoryStorage:
         match = _UNFINISHED.fullmatch(name)
         return int(match[2] or match[3] or 0) if match else None
 
-    def is_being_written(self, name: str) -> bool:
-        """Whether a process that shares this file system's locks has it open for writing."""
+    def is_being_written(self, name: str) -> bool | None:
+        """Whether a process that shares this file system's locks has it open for writing; None: it knows none."""
         return is_being_written(self._directory / name)

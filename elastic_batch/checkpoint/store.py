@@ -205,7 +205,8 @@ class CheckpointStore:
         if isinstance(self._storage, ObjectStorage):
             return None
         unfinished = [name for name in self._storage.names() if self._storage.temporary_generation(name) is not None]
-        return any(map(self._storage.is_being_written, unfinished))
+        found = {self._storage.is_being_written(name) for name in unfinished}
+        return True in found or (None if None in found else False)
 
     def raise_fence(self) -> None:
         """Tell every older generation that it may not write here any more.
@@ -215,7 +216,8 @@ class CheckpointStore:
         """
         self._refuse_if_stale()
         if self.newest_generation() < self.generation:
-            self._storage.write(FENCE, f"{self.generation}\n".encode())
+            # A newer generation may be doing the same at this moment: its fence must not be lowered.
+            self._storage.write(FENCE, f"{self.generation}\n".encode(), before_rename=self._refuse_if_stale)
 
     def _refuse_if_stale(self) -> None:
         newest = self.newest_generation()
@@ -265,7 +267,8 @@ class CheckpointStore:
     def _remove_leftovers(self) -> None:
         """Remove what interrupted writes left: unfinished payloads, and payloads that never got a manifest.
 
-        Newer generations see to their own. Older ones may not commit any more. What a living process writes stays.
+        Newer generations see to their own. Older ones may not commit any more. What a living process writes stays, and
+        of this generation what one may be writing.
         """
         names = self._storage.names()
         committed = {name.removesuffix(_MANIFEST) for name in names if name.endswith(_MANIFEST)}
@@ -274,7 +277,10 @@ class CheckpointStore:
             generation = self._storage.temporary_generation(name)
             if generation is None and name.endswith(_PAYLOAD) and name.removesuffix(_PAYLOAD) not in committed:
                 generation = generation_of(name.removesuffix(_PAYLOAD))
-            if generation is not None and generation <= self.generation and not self._storage.is_being_written(name):
+            if generation is None or generation > self.generation:
+                continue
+            is_alive = self._storage.is_being_written(name)
+            if is_alive is False or (is_alive is None and generation < self.generation):
                 leftovers.append(name)
         if leftovers:
             logger.info("removing leftovers of interrupted writes from %s: %s", self.location, ", ".join(leftovers))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from elastic_batch.checkpoint.locate import open_checkpoint
 from elastic_batch.checkpoint.manifest import generation_of
+from elastic_batch.checkpoint.payload import save_to
 from elastic_batch.checkpoint.store import Checkpoint
 from elastic_batch.durable import PendingFile, temporary_beside
 from elastic_batch.errors import CheckpointDamaged, CheckpointMissing, InvalidSetting
@@ -57,6 +58,7 @@ def export(checkpoint: Checkpoint, output: str | os.PathLike[str], *, entry: str
 
     Raises:
         InvalidSetting: An unknown suffix, no such entry, or safetensors is not installed or cannot hold what is there.
+        OSError: The disk is full or fails; a file that was there is as it was.
     """
     path = Path(output)
     weights = plain_weights(checkpoint, entry)
@@ -67,7 +69,7 @@ def export(checkpoint: Checkpoint, output: str | os.PathLike[str], *, entry: str
         if path.suffix == ".safetensors":
             pending.write(_safetensors(weights, path, checkpoint))
         else:
-            torch.save(weights, cast(IO[bytes], pending))
+            save_to(weights, pending)
         pending.sync()
         pending.publish(path)
 

@@ -6,13 +6,14 @@ import os
 import resource
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from elastic_batch.checkpoint import CheckpointInfo, CheckpointStore, CheckpointWriter, WriterEvents
+from elastic_batch.checkpoint import CheckpointInfo, CheckpointStore, CheckpointWriter, WriterEvents, export
 
 Save = tuple[dict[str, Any], CheckpointInfo]
 LIMIT_BYTES = 1 << 20
@@ -62,3 +63,18 @@ def test_training_goes_on_and_the_failure_is_told_logged_and_kept(
     assert isinstance(failed.exception(), OSError)
     assert told == [(failed.exception(), 64)]
     assert "the checkpoint of update 2 could not be written" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_an_export_to_a_full_disk_names_it_and_keeps_what_was_there(
+    small_disk: Path, tmp_path: Path, suffix: str, make_save: Callable[[int], Save]
+) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints")
+    store.save(*make_save(32))
+    checkpoint = replace(store.load(store.manifests()[0].name), state={"model": {"weight": torch.zeros(1_000_000)}})
+    output = small_disk / f"weights{suffix}"
+    output.write_bytes(b"old")
+    with pytest.raises(OSError, match=r"No space left on device|File too large"):
+        export(checkpoint, output)
+    assert [path.name for path in small_disk.iterdir()] == [output.name]
+    assert output.read_bytes() == b"old"

@@ -323,6 +323,21 @@ def test_the_fence_is_looked_at_right_before_the_rename(
     assert [manifest.position for manifest in new.manifests()] == [32]
 
 
+def test_an_older_generation_does_not_lower_the_fence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = CheckpointStore(tmp_path, generation=0), CheckpointStore(tmp_path, generation=1)
+    sync = PendingFile.sync
+
+    def sync_while_another_takes_over(pending: PendingFile) -> None:
+        monkeypatch.setattr(PendingFile, "sync", sync)
+        sync(pending)
+        new.raise_fence()
+
+    monkeypatch.setattr(PendingFile, "sync", sync_while_another_takes_over)
+    with pytest.raises(StaleGeneration):
+        old.raise_fence()
+    assert new.newest_generation() == 1
+
+
 def test_a_late_checkpoint_of_an_older_generation_ranks_behind_newer_ones(tmp_path: Path, make_save: MakeSave) -> None:
     CheckpointStore(tmp_path, generation=2).save(*make_save(32))
     (tmp_path / "fence").unlink()
@@ -366,6 +381,20 @@ def test_leftovers_of_interrupted_writes_go_at_the_next_save_and_nothing_else_do
     names = {path.name for path in tmp_path.iterdir()}
     assert not names & set(ours)
     assert names >= set(others)
+
+
+def test_what_may_be_being_written_is_a_leftover_only_of_an_older_generation(
+    tmp_path: Path, make_save: MakeSave, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path, generation=2)
+    store.save(*make_save(16))
+    older, ours = tmp_path / ".payload-g1-0123abcd.tmp", tmp_path / ".payload-g2-0123abcd.tmp"
+    for path in (older, ours):
+        path.write_bytes(b"half")
+    monkeypatch.setattr(DirectoryStorage, "is_being_written", lambda *_: None)
+    assert store.is_being_saved() is None
+    store.save(*make_save(64))
+    assert (older.exists(), ours.exists()) == (False, True)
 
 
 def test_what_a_living_process_writes_is_no_leftover(tmp_path: Path, make_save: MakeSave) -> None:

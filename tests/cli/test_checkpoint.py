@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from elastic_batch.checkpoint import CheckpointInfo, CheckpointStore
+from elastic_batch.checkpoint import CheckpointInfo, CheckpointStore, Manifest
 from elastic_batch.cli.checkpoint import command
 from elastic_batch.errors import CheckpointMissing
 
@@ -55,6 +55,24 @@ def test_verifying_tells_the_whole_from_the_damaged(run: Path) -> None:
     assert [entry["damage"] is None for entry in entries] == [True, False]
     good = call("verify", run / "checkpoints" / entries[0]["name"])
     assert (good.return_value, good.output.count("whole")) == (0, 1)
+
+
+def test_a_checkpoint_that_is_pruned_while_others_are_verified_is_no_fault(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = run / "checkpoints"
+    verify, older = CheckpointStore.verify, next(checkpoints.glob("000000000032*.json"))
+    next(checkpoints.glob("000000000064*.json")).unlink()
+    CheckpointStore(checkpoints).save({"model": {}}, CheckpointInfo(position=96, update=3))
+
+    def verify_while_the_run_goes_on(store: CheckpointStore, name: str) -> Manifest:
+        older.unlink(missing_ok=True)
+        return verify(store, name)
+
+    monkeypatch.setattr(CheckpointStore, "verify", verify_while_the_run_goes_on)
+    result = call("verify", run)
+    assert (result.return_value, result.output.count("whole"), result.output.count("\n")) == (0, 1, 1)
+    assert isinstance(call("verify", older.with_suffix("")).exception, CheckpointMissing)
 
 
 def test_an_export_takes_the_newest_good_one(run: Path, tmp_path: Path) -> None:
