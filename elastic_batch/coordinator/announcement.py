@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from dataclasses import asdict, dataclass
+import socket
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from elastic_batch.durable import PendingFile, temporary_beside
@@ -28,6 +29,7 @@ class Announcement:
         tls_cert: PEM file that a client trusts for `https`; None: the machine's usual authorities.
         completed_end: The job's end, in samples, once it is complete; workers that come later and want no more need
             not wait. None: it is not complete.
+        host: The name of the coordinator's host; None: it does not say.
     """
 
     url: str
@@ -37,6 +39,7 @@ class Announcement:
     version: str
     tls_cert: str | None = None
     completed_end: int | None = None
+    host: str | None = field(default_factory=socket.gethostname)
 
     @property
     def port(self) -> int:
@@ -56,12 +59,13 @@ def read_announcement(run_dir: Path) -> Announcement | None:
         text = {name: found[name] for name in ("url", "token", "run_id", "version")}
         if not all(isinstance(value, str) for value in text.values()):
             raise TypeError("a field is not a text")
-        return Announcement(**text, pid=int(found["pid"]), tls_cert=found.get("tls_cert"))
+        optional = {name: found.get(name) for name in ("tls_cert", "completed_end", "host")}
+        return Announcement(**text, pid=int(found["pid"]), **optional)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InvalidSetting(
-            "run_dir", str(run_dir), f"must hold a readable {FILE} ({error})", "Remove that file to have it made anew"
+            "--run-dir", str(run_dir), f"must hold a readable {FILE} ({error})", "Remove that file to have it made anew"
         ) from error
 
 
@@ -85,10 +89,10 @@ def choose_token(token_file: Path | None, last: Announcement | None) -> str:
     try:
         token = token_file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidSetting("token_file", str(token_file), f"must be readable ({error})") from error
+        raise InvalidSetting("--token-file", str(token_file), f"must be readable ({error})") from error
     if len(token) < _SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
         raise InvalidSetting(
-            "token_file",
+            "--token-file",
             str(token_file),
             f"must hold one token of at least {_SHORTEST_TOKEN} ASCII characters without spaces",
             "Make one with: openssl rand -hex 32",

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from elastic_batch.scaling.output import OutputLog, Show
 from elastic_batch.scaling.processes import end_process, read_output, start_python
-from elastic_batch.scaling.restarts import EXIT_STOPPED
+from elastic_batch.scaling.restarts import EXIT_IMPOSSIBLE, EXIT_STOPPED
 
 _CODE = (
     "import os; from elastic_batch.scaling.lifeline import end_with_parent; end_with_parent(int(sys.argv.pop(1))); "
     "sys.argv[0] = 'elastic-batch'; from elastic_batch.cli.main import console; console()"
 )
-_LAST_WORDS = (0, EXIT_STOPPED, 2)
-"""Exit codes after which it is not started again: complete, stopped, impossible settings."""
+_LAST_WORDS = (0, EXIT_STOPPED, EXIT_IMPOSSIBLE)
+"""Exit codes after which it is not started again."""
 _MAX_STARTS_IN_A_ROW = 5
 _FIRST_DELAY_SECONDS = 0.1
 _GRACE_SECONDS = 5.0

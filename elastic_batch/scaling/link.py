@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import socket
 import ssl
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
+
+from elastic_batch.errors import InvalidSetting
+from elastic_batch.protocol import is_loopback
 
 ANNOUNCEMENT = "coordinator.json"
 _SECONDS = 2.0
@@ -18,6 +23,10 @@ class CoordinatorAway(Exception):
     """The coordinator does not answer now; it may be starting again."""
 
 
+class CoordinatorElsewhere(CoordinatorAway):
+    """It serves another host alone, unless what it announced is of an earlier one."""
+
+
 class Status(dict[str, Any]):
     """What `GET /status` gives."""
 
@@ -25,6 +34,16 @@ class Status(dict[str, Any]):
     def wanted(self) -> int:
         """How many workers the job wants in its world now."""
         return int(self.get("desired_workers") or 0)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run is: complete or stopped."""
+        return self.get("ended") is not None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the job is."""
+        return self.is_over and not str(self["ended"]).startswith("stopped")
 
     @property
     def position(self) -> int:
@@ -59,6 +78,13 @@ class CoordinatorLink:
         """
         return Status(await self._ask("GET", "/status"))
 
+    def announced_end(self) -> str | None:
+        """Why the run was over when its coordinator went, as its announcement says; None: it does not."""
+        try:
+            return self._read_announced().get("ended")
+        except CoordinatorAway:
+            return None
+
     async def exited(self, worker: str) -> None:
         """A worker's process was seen to end.
 
@@ -82,12 +108,13 @@ class CoordinatorLink:
             self._client = None
 
     async def _ask(self, method: str, path: str, body: dict[str, str] | None = None) -> dict[str, Any]:
-        client = await self._open()
         try:
+            client = await self._open()
             answer = await client.request(method, path, json=body)
             answer.raise_for_status()
             found = answer.json() if answer.content else {}
-        except (httpx.HTTPError, RuntimeError, ValueError) as error:  # another request may just have closed the client
+        # Another request may just have closed the client; what is announced may be no address.
+        except (httpx.HTTPError, httpx.InvalidURL, RuntimeError, ValueError, TypeError) as error:
             await self.close()  # it may have moved
             raise CoordinatorAway(str(error) or type(error).__name__) from error
         return found if isinstance(found, dict) else {}
@@ -111,13 +138,38 @@ class CoordinatorLink:
 
     def _read_door(self) -> tuple[str, str, str | None]:
         """Address, token and, for TLS, the certificate to trust, as they are announced now."""
-        found: dict[str, Any] = {}
-        for path in reversed(self._files):
-            found |= _read(path)
+        found = self._read_announced()
+        if self._url is None and "url" in found:
+            try:
+                require_reachable(found["url"], found.get("host"))
+            except InvalidSetting as error:
+                raise CoordinatorElsewhere(str(error)) from error
         url = self._url or found.get("url")
         if not url or not found.get("token"):
             raise CoordinatorAway("no coordinator has announced itself yet")
         return url, found["token"], found.get("tls_cert")
+
+    def _read_announced(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for path in reversed(self._files):
+            found |= _read(path)
+        return found
+
+
+def require_reachable(url: str, host: str | None) -> None:
+    """Refuse a coordinator that is reached on its own host alone, if this is another one.
+
+    Args:
+        url: Its address, as it announces it.
+        host: Its host's name, as it announces it; None: it does not say.
+
+    Raises:
+        InvalidSetting: Asking it is in vain.
+    """
+    here = socket.gethostname()
+    if is_loopback(urlsplit(url).hostname or "") and host not in (None, here):
+        rule = f"listens on {host} for workers of that host alone, and this is {here}"
+        raise InvalidSetting("coordinator", url, rule, "Start the run with --host 0.0.0.0, then try again here")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from elastic_batch.scaling.nursery import PRELOADED, Birth, worker_name
 from elastic_batch.scaling.nursery_link import NurseryLink
 from elastic_batch.scaling.output import OutputLog, Show
 from elastic_batch.scaling.processes import read_output
-from elastic_batch.scaling.restarts import EXIT_STOPPED, Restarts
+from elastic_batch.scaling.restarts import EXIT_IMPOSSIBLE, EXIT_STOPPED, Restarts
 
 _MAX_LOST_NURSERIES = 3
 _LAST_OUTPUT_SECONDS = 0.5
@@ -84,12 +84,14 @@ class Pool:
 
     Attributes:
         failure: Why the job cannot go on, once a worker has failed for good.
+        was_impossible: Whether that is because its settings are impossible.
         codes: Exit code of the last process of each slot.
         late_failures: Of workers that nobody would have started again: what they were and how they ended.
     """
 
     def __init__(self, settings: PoolSettings, show: Show, on_exit: Callable[[str], None]) -> None:
         self.failure: str | None = None
+        self.was_impossible = False
         self.codes: dict[str, int] = {}
         self.late_failures: list[str] = []
         self._settings = settings
@@ -97,7 +99,7 @@ class Pool:
         self._on_exit = on_exit
         self._size = 0
         self._position: int | None = None
-        self._has_progress = False
+        self._has_progress = self._has_trained = False
         self._held = False
         self._lost_nurseries = 0
         self._changed = asyncio.Event()
@@ -119,8 +121,9 @@ class Pool:
         self._size = max(self._size, min(num_workers, len(self._slots)))
         self._fill()
 
-    def progressed(self, position: int) -> None:
-        """The job has committed so many samples."""
+    def progressed(self, position: int, members: Collection[str]) -> None:
+        """The job has committed so many samples; `members` are in its world."""
+        self._has_trained = self._has_trained or not self.workers.isdisjoint(members)
         if position != self._position:
             self._has_progress = self._position is not None
             self._position, self._lost_nurseries = position, 0
@@ -181,7 +184,7 @@ class Pool:
         place.busy, place.pid = False, None
         self.codes[slot] = code
         self._on_exit(worker_name(pid, slot))
-        delay = place.restarts.ended(code, self._position or 0)
+        delay = place.restarts.ended(code, self._position or 0, has_trained=self._has_trained)
         if self._size:
             self._judge(place, code, delay)
         elif code not in (0, EXIT_STOPPED) and not (code < 0 and place.is_signalled):
@@ -247,21 +250,23 @@ class Pool:
 
     def _judge(self, slot: _Slot, code: int, delay: float | None) -> None:
         """Say how a worker ended that was still wanted, and when it is started again."""
-        how = _how(code)
         if delay is None:
             # What it printed last may still be in the pipe.
-            asyncio.get_running_loop().call_later(0.1, self._give_up, slot, how)
+            asyncio.get_running_loop().call_later(0.1, self._give_up, slot, code)
             slot.starts_at = float("inf")
             return
         slot.starts_at = asyncio.get_running_loop().time() + delay
         if code not in (0, EXIT_STOPPED):
-            self._show(f"{slot.name} {how}; starting it again" + (f" in {delay:.1f} s" if delay else ""))
+            self._show(f"{slot.name} {_how(code)}; starting it again" + (f" in {delay:.1f} s" if delay else ""))
 
-    def _give_up(self, slot: _Slot, how: str) -> None:
-        lines = "\n".join(f"  {line}" for line in slot.log.last_lines)
-        self.failure = (
-            f"{slot.name} {how}, as often before, and nothing was trained meanwhile. What it printed last:\n{lines}"
-        )
+    def _give_up(self, slot: _Slot, code: int) -> None:
+        self.was_impossible = code == EXIT_IMPOSSIBLE and not self._has_trained
+        self.failure = f"{slot.name} {_how(code)}"
+        if self.was_impossible:
+            self.failure += ": it would do so again, for what it printed is wrong with its settings"
+        else:
+            lines = "\n".join(f"  {line}" for line in slot.log.last_lines)
+            self.failure += f", as often before, and nothing was trained meanwhile. What it printed last:\n{lines}"
         self._changed.set()
 
 

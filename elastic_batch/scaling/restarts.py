@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 EXIT_STOPPED = 75
 """Of a worker that left or was stopped, as of a run that can be resumed."""
+EXIT_IMPOSSIBLE = 2
+"""Of a process whose settings are impossible, as argparse and this package's command line have it."""
 _MAX_FAILURES = 3
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.1, 5.0
 _DELAY_AFTER_LEAVING_SECONDS = 1.0
@@ -28,23 +30,29 @@ class Restarts:
     failures: int = 0
     position: int = -1
 
-    def ended(self, code: int, position: int) -> float | None:
+    def ended(self, code: int, position: int, *, has_trained: bool) -> float | None:
         """A process of the slot ended.
 
         A program that fails more than three times in a row, nobody having trained meanwhile, fails for good, and so
-        does one that ends well so often without having trained. Being told to leave, or killed, is no failure.
+        does one that ends well so often without having trained. One whose settings are impossible does so at once,
+        unless it has trained before. Being told to leave, or killed, is no failure.
 
         Args:
             code: Its exit code; minus the signal's number if a signal ended it.
             position: Samples that the job has committed.
+            has_trained: Whether a process of this program has trained on this machine.
 
         Returns:
             Seconds to wait before the next start; None: it has failed for good.
 
         >>> slot = Restarts()
-        >>> [slot.ended(1, position=0) for _ in range(4)], slot.ended(1, position=32)
+        >>> [slot.ended(1, 0, has_trained=False) for _ in range(4)], slot.ended(1, 32, has_trained=True)
         ([0.1, 0.2, 0.4, None], 0.1)
+        >>> slot.ended(2, 64, has_trained=False) is None
+        True
         """
+        if code == EXIT_IMPOSSIBLE and not has_trained:
+            return None
         if position != self.position:
             self.in_a_row = self.failures = 0
             self.position = position

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from elastic_batch.scaling.coordinator_process import CoordinatorProcess
-from elastic_batch.scaling.link import CoordinatorAway, CoordinatorLink, Status
+from elastic_batch.scaling.link import CoordinatorAway, CoordinatorElsewhere, CoordinatorLink, Status
 from elastic_batch.scaling.output import Show
 from elastic_batch.scaling.pool import Pool, PoolSettings
-from elastic_batch.scaling.restarts import EXIT_STOPPED
+from elastic_batch.scaling.restarts import EXIT_IMPOSSIBLE, EXIT_STOPPED
 
 EXIT_FAILED = 1
 EXIT_KILLED = 130
@@ -80,7 +80,7 @@ class Supervisor:
         """Run until the job is over, was stopped, or has failed; nothing that was started is left.
 
         Returns:
-            0: complete; 75: stopped, to be resumed; 1: failed; 130: killed by a second signal.
+            0: complete; 75: stopped, to be resumed; 2: impossible settings; 1: failed; 130: killed by a second signal.
         """
         self._heard_at = asyncio.get_running_loop().time()
         self._handle_signals()
@@ -103,7 +103,7 @@ class Supervisor:
             self._conclude_without_coordinator()
         if self._pool.failure is not None and self._verdict is None:
             self._show(self._pool.failure)
-            self._verdict = EXIT_FAILED
+            self._verdict = EXIT_IMPOSSIBLE if self._pool.was_impossible else EXIT_FAILED
         await self._dismiss()
         for failure in self._pool.late_failures:
             self._show(f"training is over, but {failure}")
@@ -119,7 +119,11 @@ class Supervisor:
         while True:
             try:
                 self._status = await self._link.status()
-            except CoordinatorAway:
+            except CoordinatorAway as error:
+                if isinstance(error, CoordinatorElsewhere) and self._coordinator is None:
+                    self._show(f"Error: {error}")
+                    self._verdict = EXIT_IMPOSSIBLE
+                    return
                 # It may have gone with the end of the job, which its workers have heard: none is replaced now.
                 self._pool.hold(self._coordinator is None)
                 await asyncio.sleep(_POLL_SECONDS)
@@ -135,7 +139,7 @@ class Supervisor:
         if (generation := self._status.get("generation", -1)) > self._generation:
             self._members, self._generation = set(), generation
         self._members |= self._status.members
-        self._pool.progressed(position)
+        self._pool.progressed(position, self._members)
         if self._coordinator is not None:
             self._coordinator.progressed(position)
         if self._settings.follows_demand and self._stop is None and self._status.get("ended") is None:

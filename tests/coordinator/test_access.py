@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -18,7 +19,13 @@ from support.fake_worker import connected
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
-from elastic_batch.coordinator.announcement import FILE, Announcement, choose_token, read_announcement
+from elastic_batch.coordinator.announcement import (
+    FILE,
+    Announcement,
+    choose_token,
+    read_announcement,
+    write_announcement,
+)
 from elastic_batch.coordinator_client import CoordinatorClient
 from elastic_batch.errors import InvalidSetting
 from elastic_batch.protocol import PATH, Form
@@ -95,6 +102,13 @@ def test_the_websocket_is_refused_before_it_opens(
             assert words in bytes(caught.value.response.body or b"").decode()
 
     uvloop.run(scenario())
+
+
+def test_an_announcement_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    said = Announcement(url="http://h:1", token="x" * 32, run_id="r", pid=1, version="1", completed_end=96)
+    write_announcement(tmp_path, said)
+    assert read_announcement(tmp_path) == said
+    assert said.host == socket.gethostname()
 
 
 def test_the_announcement_can_be_read_by_its_owner_only(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from elastic_batch.scaling.link import CoordinatorAway, CoordinatorLink, Status
+from elastic_batch.scaling.link import CoordinatorAway, CoordinatorElsewhere, CoordinatorLink, Status
 
 ASKED: list[tuple[str, str, str]] = []
 
@@ -97,3 +98,15 @@ def test_those_in_the_world_are_told_from_those_outside() -> None:
     workers = [{"name": state, "state": state} for state in states]
     assert Status(workers=workers).members == {"spare", "active", "draining"}
     assert Status().members == set()
+
+
+@pytest.mark.parametrize(("host", "is_elsewhere"), [("another-host", True), (socket.gethostname(), False)])
+def test_a_coordinator_that_serves_another_host_alone_is_told_from_one_that_is_away(
+    host: str, is_elsewhere: bool, tmp_path: Path
+) -> None:
+    announced = {"url": "http://127.0.0.1:9", "token": "secret", "host": host}
+    (tmp_path / "coordinator.json").write_text(json.dumps(announced))
+    with pytest.raises(CoordinatorAway) as raised:
+        ask(CoordinatorLink(run_dir=tmp_path), "status")
+    assert isinstance(raised.value, CoordinatorElsewhere) is is_elsewhere
+    assert ("listens on another-host for workers of that host alone" in str(raised.value)) is is_elsewhere

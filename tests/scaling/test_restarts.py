@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import signal
 
-from elastic_batch.scaling.restarts import EXIT_STOPPED, Restarts
+from elastic_batch.scaling.restarts import EXIT_IMPOSSIBLE, EXIT_STOPPED, Restarts
 
 
 def ends(codes: list[int], position: int = 0) -> list[float | None]:
     slot = Restarts()
-    return [slot.ended(code, position) for code in codes]
+    return [slot.ended(code, position, has_trained=position > 0) for code in codes]
 
 
 def test_a_killed_worker_is_replaced_at_once_and_never_given_up() -> None:
@@ -25,7 +25,12 @@ def test_a_program_that_fails_four_times_without_progress_has_failed() -> None:
 
 def test_progress_forgives() -> None:
     slot = Restarts()
-    assert None not in [slot.ended(1, position=position) for position in range(10)]
+    assert None not in [slot.ended(1, position, has_trained=position > 0) for position in range(10)]
+
+
+def test_impossible_settings_are_final_at_once_unless_they_were_possible_before() -> None:
+    assert ends([EXIT_IMPOSSIBLE]) == [None]
+    assert ends([EXIT_IMPOSSIBLE], position=32) == [0.1]
 
 
 def test_leaving_is_no_failure_but_ending_without_training_is() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from support import supervision
 from support.supervision import FakeLink, is_alive, supervisor_settings, write_script
 
 from elastic_batch.scaling import supervisor as supervisor_module
+from elastic_batch.scaling.link import CoordinatorLink
 from elastic_batch.scaling.supervisor import Supervisor, SupervisorSettings, supervise
 
 SLEEP = "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(100)\n"
@@ -213,3 +215,24 @@ def test_a_machine_whose_workers_failed_does_not_wait_for_a_lost_coordinator_for
     monkeypatch.setattr(supervisor_module, "_HOPELESS_SECONDS", 1.5)
     settings = supervisor_settings(write_script(tmp_path, "import sys\nsys.exit(1)\n"))
     assert supervise(settings, FakeLink(), lambda _: None) == 1
+
+
+def test_settings_that_are_impossible_end_the_job_at_once_with_2_and_one_message(tmp_path: Path) -> None:
+    script = write_script(tmp_path, "import sys\nprint('Error: seed must be at least 0')\nsys.exit(2)\n")
+    settings = supervisor_settings(script)
+    shown: list[str] = []
+    alone = SupervisorSettings(pool=settings.pool, num_workers=1)
+    assert supervise(alone, FakeLink({}), shown.append) == 2
+    assert shown == [
+        "[local-0] Error: seed must be at least 0",
+        "local-0 ended with exit code 2: it would do so again, for what it printed is wrong with its settings",
+    ]
+
+
+def test_a_coordinator_that_serves_another_host_alone_is_not_waited_for(tmp_path: Path) -> None:
+    announced = {"url": "http://127.0.0.1:9", "token": "secret", "host": "another-host"}
+    (tmp_path / "coordinator.json").write_text(json.dumps(announced))
+    shown: list[str] = []
+    settings = supervisor_settings(write_script(tmp_path, SLEEP))
+    assert supervise(settings, CoordinatorLink(run_dir=tmp_path), shown.append) == 2
+    assert any("Start the run with --host 0.0.0.0" in line for line in shown)
