@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from elastic_batch.launchers import launched_rank, launched_size
+
 
 @dataclass(frozen=True, slots=True)
 class Invocation:
@@ -21,8 +23,12 @@ class Invocation:
 
     @property
     def rank(self) -> int:
-        """This worker's rank as the launcher says it; 0 without one."""
-        return int(self.environ.get("RANK", self.environ.get("SLURM_PROCID", "0")))
+        """This worker's rank as the launcher says it; 0 without one.
+
+        Raises:
+            InvalidSetting: It says something else.
+        """
+        return launched_rank(self.environ)
 
     @property
     def is_elastic(self) -> bool:
@@ -41,8 +47,7 @@ class Invocation:
         "elastic-batch train digits --run-dir 'runs/a b' --resume auto"
         """
         words = self.words_with(**options)
-        launcher = int(self.environ.get("WORLD_SIZE", "1")) > 1
-        program = ["torchrun", "...", "-m", "elastic_batch"] if launcher else ["elastic-batch"]
+        program = ["torchrun", "...", "-m", "elastic_batch"] if launched_size(self.environ) > 1 else ["elastic-batch"]
         return shlex.join([*program, *words])
 
     def words_with(self, without: Collection[str] = (), **options: str) -> list[str]:

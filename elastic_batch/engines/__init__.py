@@ -9,10 +9,10 @@ from importlib import import_module
 import torch
 
 from elastic_batch.engines.distributed import DistributedEngine
-from elastic_batch.engines.launchers import LaunchedWorld, launched_world
 from elastic_batch.engines.protocol import Departure, Engine, FixedWorld, Handle, Membership, Stage, Standing, Wishes
 from elastic_batch.engines.sockets import Formation
 from elastic_batch.engines.solo import SoloEngine
+from elastic_batch.launchers import LaunchedWorld, launched_world
 
 __all__ = [
     "Departure",

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store
 from torch.distributed.rendezvous import rendezvous
 
-from elastic_batch.engines.launchers import LaunchedWorld
 from elastic_batch.engines.protocol import Handle
 from elastic_batch.engines.sockets import Descriptors, Formation, any_ended, open_sockets, opened_since, shut_down
 from elastic_batch.errors import WorldBroken
+from elastic_batch.launchers import LaunchedWorld
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 """How long a collective may take before the world counts as broken; a worker's compute may be that much later than

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from elastic_batch.errors import InvalidSetting
+from elastic_batch.launchers import launched_local_rank
 
 
 def choose_device(setting: str, environ: Mapping[str, str]) -> torch.device:
@@ -20,7 +21,7 @@ def choose_device(setting: str, environ: Mapping[str, str]) -> torch.device:
         raise InvalidSetting("device", setting, "torch sees no GPU here", "Use auto or cpu")
     if setting == "cpu" or not available:
         return torch.device("cpu")
-    local_rank = int(environ.get("LOCAL_RANK", environ.get("SLURM_LOCALID", "0")))
-    device = torch.device(setting) if ":" in setting else torch.device("cuda", local_rank % torch.cuda.device_count())
+    number = launched_local_rank(environ) % torch.cuda.device_count()
+    device = torch.device(setting if ":" in setting else f"cuda:{number}")
     torch.cuda.set_device(device)
     return device

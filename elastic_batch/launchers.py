@@ -1,10 +1,15 @@
-"""The world that a launcher describes in the environment: torchrun's variables, or those of a Slurm step."""
+"""The world that a launcher describes in the environment: torchrun's variables, or those of a Slurm step.
+
+Nothing here imports torch: the command line asks before it loads that.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from elastic_batch.errors import InvalidSetting
 
 _FIRST_PORT, _NUM_PORTS = 20_000, 12_000
 """Below the range from which systems hand out ports of their own."""
@@ -41,17 +46,60 @@ def launched_world(environ: Mapping[str, str]) -> LaunchedWorld | None:
     LaunchedWorld(rank=3, size=8, init_method='tcp://gpu03:20007', attempt=0)
     >>> launched_world({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) is launched_world({}) is None
     True
+
+    Raises:
+        InvalidSetting: A variable is missing, or is no whole number.
     """
-    if int(environ.get("WORLD_SIZE", "1")) > 1:
+    size = launched_size(environ)
+    if size > 1:
         is_one_host = environ.get("LOCAL_WORLD_SIZE") == environ["WORLD_SIZE"]
-        attempt = int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if is_one_host else 0
-        return LaunchedWorld(int(environ["RANK"]), int(environ["WORLD_SIZE"]), "env://", attempt)
-    if "RANK" not in environ and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        attempt = _read(environ, "TORCHELASTIC_RESTART_COUNT", default=0) if is_one_host else 0
+        rank = _read(environ, "RANK")
+        if rank >= size:
+            raise InvalidSetting("RANK", rank, f"must be below WORLD_SIZE, {size}")
+        return LaunchedWorld(rank, size, "env://", attempt)
+    if "RANK" not in environ and (size := _read(environ, "SLURM_STEP_NUM_TASKS", default=1)) > 1:
         host = environ.get("MASTER_ADDR") or _first_host(environ["SLURM_STEP_NODELIST"])
-        number = int(environ["SLURM_JOB_ID"]) + 101 * int(environ["SLURM_STEP_ID"])
+        number = _read(environ, "SLURM_JOB_ID") + 101 * _read(environ, "SLURM_STEP_ID")
         port = environ.get("MASTER_PORT") or _FIRST_PORT + number % _NUM_PORTS
-        return LaunchedWorld(int(environ["SLURM_PROCID"]), int(environ["SLURM_STEP_NUM_TASKS"]), f"tcp://{host}:{port}")
+        return LaunchedWorld(_read(environ, "SLURM_PROCID"), size, f"tcp://{host}:{port}")
     return None
+
+
+def launched_size(environ: Mapping[str, str]) -> int:
+    """How many processes torchrun has started; 1 without it.
+
+    Raises:
+        InvalidSetting: The variable is no whole number.
+    """
+    return _read(environ, "WORLD_SIZE", default=1)
+
+
+def launched_rank(environ: Mapping[str, str]) -> int:
+    """This process's rank as the launcher says it; 0 without one.
+
+    Raises:
+        InvalidSetting: The variable is no whole number.
+    """
+    return _read(environ, "RANK" if "RANK" in environ else "SLURM_PROCID", default=0)
+
+
+def launched_local_rank(environ: Mapping[str, str]) -> int:
+    """The same among the processes of this host.
+
+    Raises:
+        InvalidSetting: The variable is no whole number.
+    """
+    return _read(environ, "LOCAL_RANK" if "LOCAL_RANK" in environ else "SLURM_LOCALID", default=0)
+
+
+def _read(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name, None if default is None else str(default))
+    if text is None or not text.isdecimal():
+        launcher = "srun" if name.startswith("SLURM") else "torchrun"
+        remedy = f"{launcher} sets it; unset what is left of its variables to train on one worker"
+        raise InvalidSetting(name, text, "must be a whole number", remedy)
+    return int(text)
 
 
 def _first_host(nodes: str) -> str:
