@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
     Objects that are neither tensors nor containers move by their own `to` method, or stay as they are.
     """
-    return _map(batch, "to", lambda leaf: leaf.to(device, non_blocking=True))
+    return _map(batch, "to", lambda leaf: _move(leaf, device))
 
 
 def pin(batch: Any) -> Any:
@@ -77,6 +78,17 @@ def _map(batch: Any, method: str, function: Callable[[Any], Any]) -> Any:
     if isinstance(batch, list | tuple):
         return _sequence_like(batch, [_map(item, method, function) for item in batch])
     return batch
+
+
+def _move(movable: Any, device: torch.device) -> Any:
+    if isinstance(movable, Tensor) or _takes_non_blocking(movable.to):
+        return movable.to(device, non_blocking=True)
+    return movable.to(device)
+
+
+def _takes_non_blocking(move: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(move).parameters
+    return "non_blocking" in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
 
 def _is_nested(item: Any) -> bool:

@@ -75,3 +75,26 @@ def test_moving_reaches_every_tensor_and_objects_with_a_method_of_their_own() ->
         assert tensor.device.type == "meta"
     assert moved.batch_sizes.device.type == "cpu"
     assert pair.names == ["c", "d"]
+
+
+class Plain:
+    """A batch whose `to` takes a device and nothing else."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    def to(self, device: torch.device) -> Plain:
+        return Plain(self.x.to(device))
+
+
+class Eager(Plain):
+    """A batch whose `to` need not wait."""
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Plain:
+        assert non_blocking
+        return super().to(device)
+
+
+@pytest.mark.parametrize("kind", [Plain, Eager])
+def test_an_object_is_moved_by_its_own_method_whatever_that_takes(kind: type[Plain]) -> None:
+    assert to_device({"graph": kind(torch.ones(2))}, torch.device("meta"))["graph"].x.device.type == "meta"
