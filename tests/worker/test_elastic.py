@@ -165,7 +165,7 @@ def test_a_stopped_worker_finds_that_it_was_replaced_and_joins_anew(start: Start
 
 
 def test_training_goes_on_while_the_coordinator_is_away(start: Start) -> None:
-    cluster = start(2)
+    cluster = start(2, replace(SHORT, pace=0.1))  # a coordinator takes seconds to start where others want the cores
     since, generation = time.monotonic(), _generation(cluster)
     cluster.kill_coordinator()
     cluster.wait_for_update(cluster.last_update() + 10)
