@@ -90,7 +90,7 @@ def hand_over(
         device: Where the engine's tensors lie.
 
     Returns:
-        The state on `device`, for those that want it.
+        The state on `device`, for those that want it; on the host what the sender has there (the steps of Adam, say).
 
     Raises:
         WorldBroken: The world broke meanwhile, or what arrived is not what was sent.
@@ -101,7 +101,7 @@ def hand_over(
     outline = _share_outline(engine, source, nesting, tensors, device)
     received: list[Tensor] = []
     checksum = 0
-    for index, (shape, dtype) in enumerate(outline["tensors"]):
+    for index, (shape, dtype, home) in enumerate(outline["tensors"]):
         tensor = tensors[index].to(device).contiguous() if sends else torch.empty(shape, dtype=dtype, device=device)
         reach("transfer.tensor")
         if tensor.numel():
@@ -109,7 +109,7 @@ def hand_over(
         if sends or wanted:
             checksum = _checksum(tensor, checksum)
         if wanted:
-            received.append(tensor)
+            received.append(tensor.cpu() if home == "cpu" else tensor)
     expected = torch.tensor([checksum], dtype=torch.int64, device=device)
     engine.broadcast(expected, source).wait()
     if not wanted:
@@ -122,10 +122,11 @@ def hand_over(
 def _share_outline(
     engine: Engine, source: int, nesting: Any, tensors: list[Tensor], device: torch.device
 ) -> dict[str, Any]:
-    """The state's nesting and its tensors' shapes and types, on every worker."""
+    """The state's nesting and its tensors' shapes, types and kinds of device, on every worker."""
     buffer = io.BytesIO()
     if engine.rank == source:
-        torch.save({"nesting": nesting, "tensors": [(tensor.shape, tensor.dtype) for tensor in tensors]}, buffer)
+        kinds = [(tensor.shape, tensor.dtype, tensor.device.type) for tensor in tensors]
+        torch.save({"nesting": nesting, "tensors": kinds}, buffer)
     length = torch.tensor([buffer.tell()], dtype=torch.int64, device=device)
     engine.broadcast(length, source).wait()
     text = torch.zeros(int(length), dtype=torch.uint8, device=device)

@@ -10,8 +10,9 @@ from support.handover import exchange_states
 from support.worlds import run_world
 
 from elastic_batch.checkpoint import put_together, take_apart
+from elastic_batch.engines import SoloEngine
 from elastic_batch.errors import UnsavableState
-from elastic_batch.trainer.handover import NOWHERE, Muster, Whereabouts
+from elastic_batch.trainer.handover import NOWHERE, Muster, Whereabouts, _share_outline, hand_over
 
 
 def test_the_newest_generation_wins_and_the_position_second() -> None:
@@ -54,6 +55,22 @@ def test_every_type_of_value_arrives_at_those_that_want_it(source: int) -> None:
         assert state["empty"].shape == (0, 3)
         assert state["nested"] == [1, {"two": 2.5, 3: None}, "four"]
         assert state["tied"] is state["weights"]
+
+
+def test_the_outline_says_which_tensors_are_on_the_host() -> None:
+    tensors = [torch.ones(2), torch.ones(3, device="meta", dtype=torch.half)]
+    outline = _share_outline(SoloEngine(), 0, None, tensors, torch.device("cpu"))
+    assert outline["tensors"] == [((2,), torch.float32, "cpu"), ((3,), torch.float16, "meta")]
+
+
+@pytest.mark.gpu
+def test_what_is_on_the_sender_s_host_arrives_on_the_host() -> None:
+    device = torch.device("cuda")
+    sent = {"step": torch.tensor(7.0), "weights": torch.ones(3, device=device)}
+    received = hand_over(SoloEngine(), 0, lambda: sent, wanted=True, device=device)
+    assert received is not None
+    assert received["step"].device.type == "cpu"
+    assert received["weights"].device.type == "cuda"
 
 
 def test_a_state_is_taken_apart_and_put_together() -> None:
