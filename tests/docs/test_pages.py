@@ -43,6 +43,14 @@ def test_every_page_is_in_the_index() -> None:
     assert [page.name for page in ROOT.glob("docs/*.md") if f"({page.name})" not in index] == ["README.md"]
 
 
+def test_the_index_of_decisions_has_each_with_its_title_in_order() -> None:
+    files = sorted(ROOT.glob("docs/decisions/0*.md"))
+    index = (ROOT / "docs/decisions/README.md").read_text()
+    titles = [file.read_text().splitlines()[0].removeprefix("# ") for file in files]
+    wanted = [f"- [{title}]({file.name})" for title, file in zip(titles, files, strict=True)]
+    assert re.findall(r"^- .*$", index, re.M) == wanted
+
+
 def _listed() -> list[str]:
     """The paths in the README's file tree."""
     readme = (ROOT / "README.md").read_text()
