@@ -13,6 +13,8 @@ from elastic_batch.engines import Engine
 from elastic_batch.errors import CannotFuse, ElasticBatchError, MisusedTrainer
 
 _TEXT_BYTES = 1000
+_ALLOCATION_FAILED = ("can't allocate memory", "_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+"""What plain runtime errors say: of torch's host allocator, of cuBLAS, cuDNN and their kin, of CUDA itself."""
 
 
 class Severity(IntEnum):
@@ -55,7 +57,8 @@ def judge(error: Exception, pass_width: int) -> Failure:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on the device or on the host."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    is_typed = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return is_typed or any(words in str(error) for words in _ALLOCATION_FAILED)
 
 
 def exchange(engine: Engine, failure: Failure | None, device: torch.device) -> dict[int, Failure]:

@@ -17,7 +17,8 @@ from elastic_batch.errors import CannotFuse
 from elastic_batch.randomness import preserved
 from elastic_batch.schedule import Schedule
 from elastic_batch.shares import share
-from elastic_batch.trainer.failures import is_out_of_memory
+from elastic_batch.trainer.buffers import preserved_buffers
+from elastic_batch.trainer.failures import judge
 from elastic_batch.trainer.fusing import obstacle_to_fusing
 from elastic_batch.trainer.machinery import Machinery
 from elastic_batch.trainer.options import TrainerOptions
@@ -43,7 +44,7 @@ def settle_width(
 ) -> int:
     """The width of passes: as asked for, or the fastest, where the result cannot depend on it; else 1, with a log line.
 
-    Parameters, statistics and random generators are as before.
+    Parameters, buffers, statistics and random generators are as before.
 
     Args:
         options: What was asked for.
@@ -66,9 +67,11 @@ def settle_width(
     most = schedule.max_global_batch_size // options.micro_batch_size
     widest = len(share(most, machinery.engine.size, 0))
 
-    def run_pass(width: int) -> None:
+    def prepare(width: int) -> Callable[[], None]:
         machinery.source.start(iter([PassRequest(position, width)]))
-        batch = machinery.source.next()
+        return partial(run_pass, width, machinery.source.next())
+
+    def run_pass(width: int, batch: Any) -> None:
         gradients = machinery.gradients.begin(alone=machinery.engine.size == 1)
         machinery.statistics.begin()
         machinery.statistics.samples_per_pass = width * options.micro_batch_size
@@ -80,8 +83,8 @@ def settle_width(
             with gradients.accepting():
                 (loss[0] if isinstance(loss, tuple) else loss).backward()
 
-    with preserved(machinery.device):
-        return choose_width(run_pass, widest, machinery.device)
+    with preserved(machinery.device), preserved_buffers(machinery.model):
+        return choose_width(prepare, widest, machinery.device)
 
 
 def width_without_measuring(
@@ -113,29 +116,29 @@ def width_without_measuring(
 
 
 def choose_width(
-    run_pass: Callable[[int], None],
+    prepare: Callable[[int], Callable[[], None]],
     widest: int,
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
 ) -> int:
     """Try passes of 1, 2, 4, ... micro-batches and return the fastest for each micro-batch.
 
-    A pass that does not fit in memory, or cannot be one batch, ends the search.
+    The search ends at a pass that cannot be run, or after two that gain nothing.
 
     Args:
-        run_pass: Runs one pass of a width and forgets what it did.
+        prepare: Loads the batch of a pass of a width; what it gives runs the pass and forgets what it did.
         widest: The most micro-batches that this worker ever has in an update.
         device: What to wait for when taking times.
         clock: Seconds.
     """
-    seconds = measure_widths(partial(_seconds_of_pass, run_pass, device=device, clock=clock), powers_of_two(widest))
+    seconds = measure_widths(partial(_seconds_of_pass, prepare, device=device, clock=clock), powers_of_two(widest))
     best = fastest(seconds)
     logger.info("micro-batches of a pass: %d (%.3g s for each)", best, seconds[best] / best)
     return best
 
 
 def measure_widths(measure: Callable[[int], float], widths: Iterable[int]) -> dict[int, float]:
-    """Seconds of passes by width, until one does not fit in memory or cannot be one batch.
+    """Seconds of passes by width, until one cannot be run or is twice as wide as one that gained nothing.
 
     Args:
         measure: Gives the seconds of a pass of a width.
@@ -145,12 +148,11 @@ def measure_widths(measure: Callable[[int], float], widths: Iterable[int]) -> di
     for width in widths:
         try:
             seconds[width] = measure(width)
-        except CannotFuse as error:
-            logger.info("passes have one micro-batch: %s", error)
+        # Single micro-batches ran: what a wider pass meets are the limits of memory, of a kernel, or of the model.
+        except (CannotFuse, RuntimeError, MemoryError) as error:
+            logger.info("passes of %d micro-batches cannot be run: %s", width, judge(error, width).text)
             break
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
+        if width >= 4 * fastest(seconds):
             break
     return seconds
 
@@ -180,15 +182,16 @@ def powers_of_two(widest: int) -> Iterator[int]:
 
 
 def _seconds_of_pass(
-    run_pass: Callable[[int], None], width: int, device: torch.device, clock: Callable[[], float]
+    prepare: Callable[[int], Callable[[], None]], width: int, device: torch.device, clock: Callable[[], float]
 ) -> float:
-    """Median seconds of a pass; the first one, with its allocations, is not counted."""
-    run_pass(width)
+    """Median seconds of a pass; neither its data nor the first one, with its allocations, are counted."""
+    run = prepare(width)
+    run()
     times = []
     for _ in range(_REPETITIONS):
         _synchronize(device)
         start = clock()
-        run_pass(width)
+        run()
         _synchronize(device)
         times.append(clock() - start)
     return median(times)
