@@ -14,6 +14,8 @@ import httpx
 
 from elastic_batch.coordinator.announcement import read_announcement
 from elastic_batch.errors import ElasticBatchError, InvalidSetting
+from elastic_batch.protocol import require_address
+from elastic_batch.scaling.link import require_reachable
 
 RUN_DIR, COORDINATOR, TOKEN_FILE = "ELASTIC_BATCH_RUN_DIR", "ELASTIC_BATCH_COORDINATOR", "ELASTIC_BATCH_TOKEN_FILE"
 _SECONDS = 5.0
@@ -21,6 +23,19 @@ _SECONDS = 5.0
 
 class CoordinatorSilent(ElasticBatchError):
     """The coordinator cannot be reached, or does not let this client in."""
+
+
+class RunComplete(CoordinatorSilent):
+    """The run is complete, and its coordinator has ended.
+
+    Args:
+        run_id: The run's name.
+        num_samples: How many samples it committed.
+    """
+
+    def __init__(self, run_id: str, num_samples: int) -> None:
+        self.run_id, self.num_samples = run_id, num_samples
+        super().__init__(f"run {run_id} is complete ({num_samples} samples); its coordinator has ended")
 
 
 class UnknownWorker(ElasticBatchError):
@@ -34,10 +49,12 @@ class CoordinatorClient:
         url: `http://host:port` or `https://host:port`.
         token: What opens its door.
         tls_cert: PEM file to trust for `https`; None: the machine's usual authorities.
+        run_dir: The run's directory; None: it is not known.
     """
 
-    def __init__(self, url: str, token: str, tls_cert: str | None = None) -> None:
+    def __init__(self, url: str, token: str, tls_cert: str | None = None, run_dir: Path | None = None) -> None:
         self.url = url
+        self._run_dir = run_dir
         verify: ssl.SSLContext | bool = ssl.create_default_context(cafile=tls_cert) if tls_cert else True
         # Proxies of the environment are for other places.
         self._client = httpx.Client(
@@ -66,21 +83,28 @@ class CoordinatorClient:
             run_dir = Path(environ[RUN_DIR]) if RUN_DIR in environ else None
             url = environ.get(COORDINATOR)
         token_file = token_file or (Path(environ[TOKEN_FILE]) if TOKEN_FILE in environ else None)
+        if url is not None:
+            require_address("--coordinator", url)
         announced = read_announcement(run_dir) if run_dir is not None else None
         if announced is not None:
-            return cls(url or announced.url, announced.token, announced.tls_cert)
+            if url is None and announced.completed_end is None:
+                require_reachable(announced.url, announced.host)
+            return cls(url or announced.url, announced.token, announced.tls_cert, run_dir)
         if url is not None and token_file is not None:
             return cls(url, _read_token(token_file))
         if run_dir is not None:
-            raise InvalidSetting("run_dir", str(run_dir), "must hold the coordinator.json of an elastic run")
+            raise InvalidSetting("--run-dir", str(run_dir), "must hold the coordinator.json of an elastic run")
+        if url is not None:
+            raise InvalidSetting("--token-file", None, "is required with --coordinator")
         raise InvalidSetting(
-            "run_dir", None, "must be known", f"Give --run-dir, or --coordinator and --token-file, or set {RUN_DIR}"
+            "--run-dir", None, "must be known", f"Give --run-dir, or --coordinator and --token-file, or set {RUN_DIR}"
         )
 
     def status(self) -> dict[str, Any]:
         """How things stand: what `GET /status` gives.
 
         Raises:
+            RunComplete: It has ended with the run.
             CoordinatorSilent: It cannot be reached.
         """
         found: dict[str, Any] = self._ask("GET", "/status").json()
@@ -113,13 +137,20 @@ class CoordinatorClient:
         try:
             answer = self._client.request(method, path)
         except httpx.HTTPError as error:
-            raise CoordinatorSilent(
-                f"the coordinator at {self.url} does not answer ({error}). Training goes on without it; start it "
-                "again with: elastic-batch coordinator --run-dir DIR"
-            ) from error
+            raise self._silence(error) from error
         if answer.status_code not in accepted:
             raise CoordinatorSilent(f"the coordinator at {self.url} refuses: {_reason(answer)}")
         return answer
+
+    def _silence(self, error: httpx.HTTPError) -> CoordinatorSilent:
+        """What it means that there is no answer."""
+        announced = read_announcement(self._run_dir) if self._run_dir is not None else None
+        if announced is not None and announced.completed_end is not None:
+            return RunComplete(announced.run_id, announced.completed_end)
+        return CoordinatorSilent(
+            f"the coordinator at {self.url} does not answer ({error}). If workers are still running, training goes on; "
+            f"start it again with: elastic-batch coordinator --run-dir {self._run_dir or 'DIR'}"
+        )
 
 
 def _reason(answer: httpx.Response) -> str:
@@ -134,4 +165,4 @@ def _read_token(path: Path) -> str:
         text = path.read_text(encoding="utf-8").strip()
         return str(json.loads(text)["token"]) if text.startswith("{") else text
     except (OSError, ValueError, KeyError) as error:
-        raise InvalidSetting("token_file", str(path), f"must be readable and hold the token ({error})") from error
+        raise InvalidSetting("--token-file", str(path), f"must be readable and hold the token ({error})") from error

@@ -9,8 +9,11 @@ import json
 import zlib
 from base64 import b64decode, b64encode
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter
+
+from elastic_batch.errors import InvalidSetting
 
 VERSION = 1
 """Raised with every change that an older peer would misunderstand; peers of different versions refuse each other."""
@@ -245,6 +248,17 @@ _FROM_COORDINATOR: TypeAdapter[FromCoordinator] = TypeAdapter(Annotated[FromCoor
 def is_loopback(address: str) -> bool:
     """Whether an address in `Hello` is reached on its own host alone."""
     return address.startswith("127.") or address in ("::1", "localhost")
+
+
+def require_address(setting: str, url: str) -> None:
+    """Refuse what is no coordinator's address.
+
+    Raises:
+        InvalidSetting: It is not of HTTP, or names no host.
+    """
+    found = urlsplit(url)
+    if found.scheme not in ("http", "https") or not found.hostname:
+        raise InvalidSetting(setting, url, "must be an address such as http://10.0.0.1:7077")
 
 
 def parse_from_worker(text: str | bytes) -> FromWorker:

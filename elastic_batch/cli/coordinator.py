@@ -4,78 +4,78 @@ from __future__ import annotations
 
 import logging
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from elastic_batch.cli.finding import Command
 from elastic_batch.cli.invocation import Invocation
 from elastic_batch.cli.main import EXIT_RESUMABLE
+from elastic_batch.cli.places import PATH, require_directory
 from elastic_batch.coordinator.config import CoordinatorConfig
 from elastic_batch.coordinator.state import MembershipConfig
 
 _EXIT_CODES = {"complete": 0, "stopped": EXIT_RESUMABLE, "told to end": 128 + signal.SIGTERM}
 _MANY = 1 << 30
 _DEFAULTS = MembershipConfig()
-_FILE = click.Path(path_type=Path)
+
+
+def _count(flag: str, default: int, text: str) -> Callable[[Command], Command]:
+    return click.option(flag, default=default, metavar="N", show_default=True, help=text)
+
+
+def _time(flag: str, default: float, text: str) -> Callable[[Command], Command]:
+    return click.option(flag, default=default, metavar="SECONDS", show_default=True, help=text)
 
 
 @click.command("coordinator")
 @click.argument("job_name", metavar="[JOB]", required=False)
-@click.option("--run-dir", metavar="DIR", required=True, type=_FILE, help="The run's directory, seen by every worker.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind to; 0.0.0.0 for all.")
-@click.option("--port", default=0, help="Port; 0 takes the last one if it is free, else any.")
-@click.option("--advertise", metavar="HOST", help="Name or address under which workers reach it.")
-@click.option("--allow-host", "allowed_hosts", metavar="NAME", multiple=True, help="Another name of it; repeatable.")
-@click.option("--min-workers", default=1, show_default=True, help="A world starts with at least so many.")
-@click.option("--max-workers", type=int, help="And never has more; default: no limit.")
+@click.option("--run-dir", metavar="DIR", required=True, type=PATH, help="Run directory, seen by every worker.")
 @click.option(
-    "--start-seconds", default=_DEFAULTS.start, help="Fail if no world has started by then; default: wait for ever."
-)
-@click.option("--spares", default=0, show_default=True, help="Workers in step without work, to take over at once.")
-@click.option("--token-file", type=_FILE, metavar="FILE", help="File with the token; default: one is made.")
-@click.option("--tls-cert", type=_FILE, metavar="FILE", help="PEM certificate with its chain.")
-@click.option("--tls-key", type=_FILE, metavar="FILE", help="Its PEM key.")
-@click.option(
-    "--eviction-seconds", default=_DEFAULTS.eviction, show_default=True, help="Silence after which a worker is lost."
-)
-@click.option("--beat-seconds", default=_DEFAULTS.beat, show_default=True, help="Between a worker's signs of life.")
-@click.option("--form-seconds", default=_DEFAULTS.form, show_default=True, help="How long forming a world may take.")
-@click.option(
-    "--gather-seconds",
-    default=_DEFAULTS.gather,
-    show_default=True,
-    help="How long workers may take to come out of a world that is over.",
+    "--host", metavar="HOST", default="127.0.0.1", show_default=True, help="Address to bind to; 0.0.0.0: all."
 )
 @click.option(
-    "--stall-seconds", default=_DEFAULTS.stall, show_default=True, help="How long a worker may keep all others waiting."
+    "--port", metavar="PORT", default=0, help="Port to bind to; default: the last one if it is free, else any."
 )
+@click.option("--advertise", metavar="HOST", help="Name or address under which workers reach the coordinator.")
+@click.option("--allow-host", "allowed_hosts", metavar="HOST", multiple=True, help="Another such name; repeatable.")
+@_count("--min-workers", 1, "A world starts with at least so many workers.")
+@click.option("--max-workers", type=int, metavar="N", help="A world never has more workers; default: no limit.")
+@_count("--spares", 0, "Workers in step without work, to take over at once.")
+@_count("--crashes", _DEFAULTS.crashes, "Losses of one slot within a minute after which it is held off.")
+@click.option("--token-file", type=PATH, metavar="FILE", help="File with the token; default: a new one is made.")
+@click.option("--tls-cert", type=PATH, metavar="FILE", help="PEM certificate with its chain, for https.")
+@click.option("--tls-key", type=PATH, metavar="FILE", help="PEM key of --tls-cert.")
 @click.option(
+    "--start-seconds",
+    metavar="SECONDS",
+    default=_DEFAULTS.start,
+    help="Fail if no world has started by then; default: wait for ever.",
+)
+@_time("--eviction-seconds", _DEFAULTS.eviction, "Silence after which a worker is lost.")
+@_time("--beat-seconds", _DEFAULTS.beat, "Time between a worker's signs of life.")
+@_time("--form-seconds", _DEFAULTS.form, "How long forming a world may take.")
+@_time("--gather-seconds", _DEFAULTS.gather, "How long workers may take to come out of a world that is over.")
+@_time("--stall-seconds", _DEFAULTS.stall, "How long a worker may keep all others waiting.")
+@_time(
     "--reconnect-grace-seconds",
-    default=_DEFAULTS.reconnect_grace,
-    show_default=True,
-    help="How long most of the workers, gone out of sight together, are waited for.",
+    _DEFAULTS.reconnect_grace,
+    "How long most of the workers, gone out of sight together, are waited for.",
 )
-@click.option(
+@_time(
     "--orphan-grace-seconds",
-    default=_DEFAULTS.orphan_grace,
-    show_default=True,
-    help="How long a world out of sight is waited for before another one starts.",
+    _DEFAULTS.orphan_grace,
+    "How long a world out of sight is waited for before another one starts.",
 )
-@click.option(
-    "--cool-down-seconds",
-    default=_DEFAULTS.cool_down,
-    show_default=True,
-    help="How long a slot is held off that lost too many workers.",
-)
-@click.option(
-    "--crashes", default=_DEFAULTS.crashes, show_default=True, help="So many losses within a minute are too many."
-)
+@_time("--cool-down-seconds", _DEFAULTS.cool_down, "How long a slot is held off that lost too many workers.")
 @click.pass_obj
 def command(
     invocation: Invocation,
     /,
     job_name: str | None,
+    run_dir: Path,
     min_workers: int,
     max_workers: int | None,
     spares: int,
@@ -95,7 +95,8 @@ def command(
         crashes=crashes,
         **times,
     )
-    config = CoordinatorConfig(membership=membership, **given)
+    require_directory("--run-dir", run_dir)
+    config = CoordinatorConfig(run_dir=run_dir, membership=membership, **given)
     if job_name is not None:
         from elastic_batch.cli.options import read_job
         from elastic_batch.workloads.planning import plan_job

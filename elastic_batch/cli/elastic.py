@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
 from elastic_batch.cli.main import EXIT_RESUMABLE
+from elastic_batch.cli.places import PATH, require_directory
+from elastic_batch.coordinator.config import CoordinatorConfig
+from elastic_batch.coordinator.state import MembershipConfig
 from elastic_batch.protocol import is_loopback
 from elastic_batch.rundir import Hold
 from elastic_batch.scaling.link import CoordinatorLink
@@ -46,27 +49,31 @@ class Listening:
 
     host: str = "127.0.0.1"
     port: int = 0
-    token_file: str | None = None
-    tls_cert: str | None = None
-    tls_key: str | None = None
+    token_file: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
 
     @property
     def flags(self) -> list[str]:
         """As the coordinator's command takes them."""
         files = {"--token-file": self.token_file, "--tls-cert": self.tls_cert, "--tls-key": self.tls_key}
-        given = [word for flag, value in files.items() if value is not None for word in (flag, value)]
+        given = [word for flag, file in files.items() if file is not None for word in (flag, str(file))]
         return ["--host", self.host, "--port", str(self.port), *given]
 
 
 def listening_options(command: Any) -> Any:
     """Add the flags that say where the coordinator listens."""
     for decorate in (
-        click.option("--tls-key", metavar="FILE", help="Its key."),
-        click.option("--tls-cert", metavar="FILE", help="Certificate of the coordinator, for https."),
-        click.option("--token-file", metavar="FILE", help="Token that workers must have; default: a new one."),
-        click.option("--port", type=int, default=0, metavar="P", help="Port of the coordinator; 0: any."),
+        click.option("--tls-key", type=PATH, metavar="FILE", help="PEM key of --tls-cert."),
+        click.option("--tls-cert", type=PATH, metavar="FILE", help="PEM certificate of the coordinator, for https."),
+        click.option("--token-file", type=PATH, metavar="FILE", help="Token of the workers; default: a new one."),
+        click.option("--port", default=0, metavar="PORT", help="Port of the coordinator; default: any."),
         click.option(
-            "--host", default="127.0.0.1", metavar="H", help="Address of the coordinator, for workers elsewhere."
+            "--host",
+            default="127.0.0.1",
+            metavar="HOST",
+            show_default=True,
+            help="Address of the coordinator; 0.0.0.0 for workers elsewhere.",
         ),
     ):
         command = decorate(command)
@@ -102,10 +109,10 @@ def run_job(
         show: Takes what there is to see, line by line.
 
     Returns:
-        0: complete; 75: stopped, to be resumed; 1: failed.
+        0: complete; 75: stopped, to be resumed; 2: impossible settings; 1: failed.
 
     Raises:
-        InvalidSetting: The range is none, or asks for more than this machine has.
+        InvalidSetting: The range is none, or asks for more than this machine has; the coordinator cannot listen so.
         RunDirectoryBusy: Another process trains there, or coordinates those that do.
     """
     wanted = WorkerRange.parse(workers)
@@ -116,6 +123,9 @@ def run_job(
     elif gpus:
         here = min(here, len(gpus))
     directory = run_dir.absolute()
+    require_directory("--run-dir", run_dir)
+    membership = MembershipConfig(min_workers=wanted.minimum, max_workers=wanted.maximum, spares=spares)
+    CoordinatorConfig(run_dir=directory, membership=membership, **asdict(listening))  # which refuses what it cannot do
     Hold(directory).close()  # its coordinator will have it; nothing is started where another one does
     settings = SupervisorSettings(
         pool=_pool(program, [f"local-{index}" for index in range(here)], gpus, environ, directory),
@@ -152,7 +162,7 @@ def join_job(
         run_dir: The run directory, if this machine sees it; logs are kept there.
 
     Returns:
-        0: complete; 75: stopped, or this machine left; 1: failed.
+        0: complete; 75: stopped, or this machine left; 2: impossible settings; 1: failed.
 
     Raises:
         InvalidSetting: There are more workers than GPUs.

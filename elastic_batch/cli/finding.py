@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from elastic_batch.cli.places import PATH
+
 Command = TypeVar("Command", bound=Callable[..., Any])
-_FILE = click.Path(path_type=Path)
 
 
 def coordinator_options(command: Command) -> Command:
     """Add the flags that say where the coordinator is."""
     for decorate in (
-        click.option("--token-file", type=_FILE, metavar="FILE", help="The token; default: $ELASTIC_BATCH_TOKEN_FILE."),
         click.option(
-            "--coordinator", "url", metavar="URL", help="Its address instead; default: $ELASTIC_BATCH_COORDINATOR."
+            "--token-file",
+            type=PATH,
+            metavar="FILE",
+            help="File with the coordinator's token; default: $ELASTIC_BATCH_TOKEN_FILE.",
         ),
-        click.option("--run-dir", type=_FILE, metavar="DIR", help="The run's; default: $ELASTIC_BATCH_RUN_DIR."),
+        click.option(
+            "--coordinator",
+            "url",
+            metavar="URL",
+            help="Address of the coordinator, in place of --run-dir; default: $ELASTIC_BATCH_COORDINATOR.",
+        ),
+        click.option("--run-dir", type=PATH, metavar="DIR", help="Run directory; default: $ELASTIC_BATCH_RUN_DIR."),
     ):
         command = decorate(command)
     return command

@@ -18,7 +18,7 @@ from rich.text import Text
 from elastic_batch.cli.finding import coordinator_options
 from elastic_batch.cli.invocation import Invocation
 from elastic_batch.cli.output import open_console
-from elastic_batch.coordinator_client import CoordinatorClient, CoordinatorSilent
+from elastic_batch.coordinator_client import CoordinatorClient, CoordinatorSilent, RunComplete
 
 _STYLES = {"active": "green", "spare": "cyan", "lost": "red", "draining": "yellow", "cooling down": "yellow"}
 _MOST_ROWS = 100
@@ -44,6 +44,14 @@ def command(
         with CoordinatorClient.find(invocation.environ, run_dir=run_dir, url=url, token_file=token_file) as coordinator:
             return coordinator.status()
 
+    try:
+        _show(ask, watch=watch, as_json=as_json)
+    except RunComplete as complete:
+        said = {"run_id": complete.run_id, "phase": "ended", "ended": "the job is complete"}
+        click.echo(json.dumps({**said, "position": complete.num_samples}) if as_json else str(complete))
+
+
+def _show(ask: Callable[[], dict[str, Any]], *, watch: bool, as_json: bool) -> None:
     found = ask()
     if as_json:
         click.echo(json.dumps(found, indent=None if watch else 2))
@@ -65,6 +73,8 @@ def _watch(found: dict[str, Any], ask: Callable[[], dict[str, Any]], as_json: bo
             time.sleep(1)
             try:
                 found, away = ask(), None
+            except RunComplete:
+                raise
             except CoordinatorSilent as error:
                 away = str(error)
             if as_json and away is None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+import re
+import ssl
+from dataclasses import dataclass, field, fields
+from ipaddress import ip_address
 from pathlib import Path
 
+from elastic_batch.coordinator.announcement import choose_token
 from elastic_batch.coordinator.state import MembershipConfig
 from elastic_batch.errors import InvalidSetting
+
+_TIMES = [one.name for one in fields(MembershipConfig) if one.type == "float"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +31,9 @@ class CoordinatorConfig:
         tls_cert: PEM file with the certificate and its chain.
         tls_key: PEM file with its key.
         membership: How membership is decided.
+
+    Raises:
+        InvalidSetting: A setting is impossible; the message names the flag.
     """
 
     run_dir: Path
@@ -37,24 +47,54 @@ class CoordinatorConfig:
     membership: MembershipConfig = field(default_factory=MembershipConfig)
 
     def __post_init__(self) -> None:
-        membership = self.membership
-        if membership.min_workers < 1:
-            raise InvalidSetting("min_workers", membership.min_workers, "must be at least 1")
-        if membership.max_workers < membership.min_workers:
-            raise InvalidSetting(
-                "max_workers", membership.max_workers, f"must be at least min_workers, {membership.min_workers}"
-            )
-        if membership.spares < 0:
-            raise InvalidSetting("spares", membership.spares, "must be at least 0")
+        _check_membership(self.membership)
         if not 0 <= self.port < 65536:
-            raise InvalidSetting("port", self.port, "must be from 0 (any free one) to 65535")
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise InvalidSetting(
-                "tls_cert" if self.tls_cert else "tls_key",
-                str(self.tls_cert or self.tls_key),
-                "needs the other one too",
-                "Give --tls-cert and --tls-key",
-            )
-        for name, file in (("tls_cert", self.tls_cert), ("tls_key", self.tls_key)):
-            if file is not None and not file.is_file():
-                raise InvalidSetting(name, str(file), "must be a file")
+            raise InvalidSetting("--port", self.port, "must be from 0 (any free one) to 65535")
+        if self.advertise is not None and not _is_host(self.advertise):
+            rule = "must be a host's name or address, without scheme and port"
+            raise InvalidSetting("--advertise", self.advertise, rule)
+        if self.token_file is not None:
+            choose_token(self.token_file, None)
+        _check_tls(self.tls_cert, self.tls_key)
+
+
+def _check_membership(membership: MembershipConfig) -> None:
+    least, most = membership.min_workers, membership.max_workers
+    if least < 1:
+        raise InvalidSetting("--min-workers", least, "must be at least 1")
+    if most < least:
+        raise InvalidSetting("--max-workers", most, f"must be at least --min-workers, {least}")
+    if membership.spares < 0:
+        raise InvalidSetting("--spares", membership.spares, "must be at least 0")
+    if membership.crashes < 1:
+        raise InvalidSetting("--crashes", membership.crashes, "must be at least 1")
+    for name in _TIMES:
+        seconds = getattr(membership, name)
+        if not seconds > 0 or (seconds == math.inf and name != "start"):
+            raise InvalidSetting(f"--{name.replace('_', '-')}-seconds", seconds, "must be above 0, and finite")
+    if membership.eviction <= 2 * membership.beat:
+        rule = f"must be more than twice --beat-seconds, {membership.beat:g}, or one late beat would lose a worker"
+        raise InvalidSetting("--eviction-seconds", membership.eviction, rule)
+
+
+def _is_host(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return re.fullmatch(r"\w[\w.-]*", text) is not None
+    return True
+
+
+def _check_tls(cert: Path | None, key: Path | None) -> None:
+    given = {"--tls-cert": cert, "--tls-key": key}
+    for (flag, file), other in zip(given.items(), reversed(given), strict=True):
+        if file is not None and given[other] is None:
+            raise InvalidSetting(flag, str(file), f"needs {other} too")
+        if file is not None and not file.is_file():
+            raise InvalidSetting(flag, str(file), "must be a file")
+    if cert is not None:
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key)
+        except OSError as error:  # ssl's own among them
+            rule = f"must be a PEM certificate that belongs to --tls-key ({error})"
+            raise InvalidSetting("--tls-cert", str(cert), rule) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import resource
 import socket
 
@@ -31,12 +32,11 @@ def bind(config: CoordinatorConfig, last_port: int) -> socket.socket:
     try:
         return _listen(config.host, config.port, family)
     except OSError as error:
-        raise InvalidSetting(
-            "port",
-            config.port,
-            f"must be free on {config.host} ({error.strerror})",
-            "Choose another, or 0 for any free one",
-        ) from error
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            rule, remedy = f"must be free on {config.host} ({error.strerror})", "Choose another, or 0 for any free one"
+            raise InvalidSetting("--port", config.port, rule, remedy) from error
+        rule = f"must be an address of this machine ({error.strerror})"
+        raise InvalidSetting("--host", config.host, rule, "0.0.0.0 is all of them") from error
 
 
 def public_url(config: CoordinatorConfig, listener: socket.socket) -> str:

@@ -13,10 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from elastic_batch.errors import InvalidSetting
-from elastic_batch.protocol import PATH
+from elastic_batch.protocol import PATH, require_address
 
 COORDINATOR, TOKEN_FILE, RUN_DIR = "ELASTIC_BATCH_COORDINATOR", "ELASTIC_BATCH_TOKEN_FILE", "ELASTIC_BATCH_RUN_DIR"
 SLOT, NAME, ADDRESS = "ELASTIC_BATCH_SLOT", "ELASTIC_BATCH_WORKER_NAME", "ELASTIC_BATCH_ADDRESS"
@@ -79,8 +78,8 @@ class Credentials:
             InvalidSetting: The address is none, or there is no token.
         """
         url, token_file, run_dir = environ.get(COORDINATOR), environ.get(TOKEN_FILE), environ.get(RUN_DIR)
-        if url is not None and urlsplit(url).scheme not in ("http", "https"):
-            raise InvalidSetting(COORDINATOR, url, "must be an address such as http://10.0.0.1:7077")
+        if url is not None:
+            require_address(COORDINATOR, url)
         if token_file is None and run_dir is None:
             raise InvalidSetting(TOKEN_FILE, None, f"must name a file with the token, or {RUN_DIR} the run's directory")
         host = socket.gethostname()

@@ -15,6 +15,7 @@ from support.fake_worker import connected
 
 from elastic_batch.cli.main import main
 from elastic_batch.cli.status import render
+from elastic_batch.coordinator.announcement import Announcement, write_announcement
 from elastic_batch.protocol import Leave, Progress
 
 RECORD = {"update": 5, "position": 40, "epoch": 0.1, "global_batch_size": 8, "num_micro_batches": 8, "world_size": 2}
@@ -100,7 +101,44 @@ def test_without_a_coordinator_the_error_says_what_to_do(tmp_path: Path, capsys:
     assert "Give --run-dir" in shown
     assert "must hold the coordinator.json" in shown
     assert "does not answer" in shown
-    assert "Training goes on without it" in shown
+    assert "If workers are still running, training goes on" in shown
+    assert f"elastic-batch coordinator --run-dir {tmp_path}" in shown
+
+
+@pytest.mark.parametrize(
+    ("door", "message"),
+    [
+        (["127.0.0.1:9"], "--coordinator = '127.0.0.1:9': must be an address such as http://10.0.0.1:7077"),
+        (["ftp://x"], "--coordinator = 'ftp://x': must be an address such as http://10.0.0.1:7077"),
+        (["http://x:1"], "--token-file = None: is required with --coordinator"),
+        (["http://x:1", "--token-file", "none"], "--token-file = 'none': must be readable"),
+    ],
+)
+def test_a_wrong_address_or_token_names_its_flag(
+    door: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["status", "--coordinator", *door], {}) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_that_is_complete_is_no_silent_coordinator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = Announcement(url="http://127.0.0.1:9", token="x" * 32, run_id="r", pid=1, version="1", completed_end=96)
+    write_announcement(tmp_path, said)
+    for flags in ([], ["--watch"]):
+        assert main(["status", "--run-dir", str(tmp_path), *flags], {}) == 0
+        assert capsys.readouterr().out.strip() == "run r is complete (96 samples); its coordinator has ended"
+    assert main(["status", "--run-dir", str(tmp_path), "--json"], {}) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"run_id": "r", "phase": "ended", "ended": "the job is complete", "position": 96}
+
+
+def test_a_coordinator_that_serves_another_host_alone_is_told_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = Announcement(url="http://127.0.0.1:9", token="x" * 32, run_id="r", pid=1, version="1", host="other")
+    write_announcement(tmp_path, said)
+    assert main(["status", "--run-dir", str(tmp_path)], {}) == 2
+    assert "listens on other for workers of that host alone" in capsys.readouterr().err
 
 
 def test_watching_ends_with_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

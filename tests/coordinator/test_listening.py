@@ -10,6 +10,7 @@ import pytest
 from elastic_batch.coordinator.config import CoordinatorConfig
 from elastic_batch.coordinator.listening import bind, public_url
 from elastic_batch.coordinator.state import MembershipConfig
+from elastic_batch.errors import InvalidSetting
 
 
 @pytest.mark.parametrize("last_port", [0, 1])  # of which the second cannot be had again
@@ -29,3 +30,13 @@ def test_whoever_listens_everywhere_is_reached_at_the_address_that_is_announced(
         assert public_url(config, listener).endswith(f":{port}")
         for loopback in ("127.0.0.1", "::1"):
             socket.create_connection((loopback, port), 5).close()
+
+
+def test_a_port_that_is_taken_and_an_address_that_is_another_machines_name_their_flags(tmp_path: Path) -> None:
+    config = CoordinatorConfig(run_dir=tmp_path)
+    with bind(config, 0) as listener:
+        taken = CoordinatorConfig(run_dir=tmp_path, port=listener.getsockname()[1])
+        with pytest.raises(InvalidSetting, match=f"^--port = {taken.port}: must be free on 127.0.0.1"):
+            bind(taken, 0)
+    with pytest.raises(InvalidSetting, match=r"^--host = '192.0.2.1': must be an address of this machine"):
+        bind(CoordinatorConfig(run_dir=tmp_path, host="192.0.2.1"), 0)
