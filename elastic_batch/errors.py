@@ -27,15 +27,25 @@ class InvalidSetting(ElasticBatchError, ValueError):
         self.field, self.value, self.rule, self.remedy = field, value, rule, remedy
         super().__init__(f"{field} = {value!r}: {rule}{'. ' + remedy if remedy else ''}")
 
+    def renamed(self, field: str) -> InvalidSetting:
+        """The same of a setting that goes by another name where it was given."""
+        return InvalidSetting(field, self.value, self.rule, self.remedy)
+
 
 class UnknownName(InvalidSetting):
-    """A name that is not in a catalogue; the message has the nearest known one."""
+    """A name that is not in a catalogue; the message has the nearest known one, or all of them."""
 
     def __init__(self, field: str, value: str, known: Iterable[str]) -> None:
         self.known = sorted(known)
         nearest = get_close_matches(value, self.known, n=1, cutoff=0.5)
-        remedy = f"Did you mean {nearest[0]!r}?" if nearest else ""
-        super().__init__(field, value, f"must be one of {', '.join(self.known)}", remedy)
+        if nearest:
+            super().__init__(field, value, "is not known", f"Did you mean {nearest[0]!r}?")
+        else:
+            super().__init__(field, value, f"must be one of {', '.join(self.known)}")
+
+    def renamed(self, field: str) -> UnknownName:
+        """The same of a setting that goes by another name where it was given."""
+        return UnknownName(field, str(self.value), self.known)
 
 
 class DataMissing(ElasticBatchError):

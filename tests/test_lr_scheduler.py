@@ -282,7 +282,7 @@ def test_another_optimizer_than_the_schedulers_is_found_out() -> None:
     ("fields", "error", "words"),
     [
         ({"per": "step"}, UnknownName, "must be one of epoch, update"),
-        ({"rule": "squareroot"}, UnknownName, "must be one of linear, sqrt"),
+        ({"rule": "squareroot"}, UnknownName, "Did you mean 'sqrt'"),
         ({"max_duration": "30"}, InvalidSetting, "max_duration = '30': must be a number with a unit"),
         ({"global_batch_size": 0}, InvalidSetting, "global_batch_size = 0"),
     ],

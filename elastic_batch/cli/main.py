@@ -11,7 +11,16 @@ from importlib import import_module
 import click
 
 from elastic_batch.cli.invocation import Invocation
-from elastic_batch.errors import ElasticBatchError, InvalidSetting, RunDirectoryBusy
+from elastic_batch.errors import (
+    CheckpointMissing,
+    ElasticBatchError,
+    InvalidSetting,
+    JobDiffers,
+    Refusal,
+    RunDirectoryBusy,
+    RunDirectoryMissing,
+    RunDirectoryUsed,
+)
 from elastic_batch.version import VERSION
 
 EXIT_FAILED = 1
@@ -22,6 +31,17 @@ EXIT_RESUMABLE = 75
 """Training was asked to stop, did so after a whole update, and can be resumed (EX_TEMPFAIL of sysexits.h)."""
 EXIT_INTERRUPTED = 130
 """A second Ctrl-C, or one where nothing could be saved."""
+
+_IMPOSSIBLE = (
+    InvalidSetting,
+    RunDirectoryBusy,
+    RunDirectoryUsed,
+    RunDirectoryMissing,
+    CheckpointMissing,
+    JobDiffers,
+    Refusal,
+)
+"""Errors that the same command line would meet again."""
 
 COMMANDS = {
     "recipes": "List the job files that come with the package.",
@@ -98,12 +118,20 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ElasticBatchError, OSError) as error:
         # Under a launcher every worker has a message of its own; most are the same, but one host may lack the data.
-        worker = f"worker {invocation.rank}: " if invocation.rank else ""
+        rank = _rank(invocation)
+        worker = f"worker {rank}: " if rank else ""
         click.echo(f"{worker}Error: {error}", err=True)
-        return EXIT_USAGE if isinstance(error, InvalidSetting | RunDirectoryBusy) else EXIT_FAILED
+        return EXIT_USAGE if isinstance(error, _IMPOSSIBLE) else EXIT_FAILED
     else:
         return result if isinstance(result, int) else 0
     return 0
+
+
+def _rank(invocation: Invocation) -> int:
+    try:
+        return invocation.rank
+    except InvalidSetting:  # which may be what is wrong
+        return 0
 
 
 def console() -> None:

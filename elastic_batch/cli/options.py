@@ -7,26 +7,37 @@ from typing import Any, TypeVar
 
 import click
 
+from elastic_batch.errors import InvalidSetting
 from elastic_batch.job import Job, load_job, parse_assignments
 from elastic_batch.workloads.recipe_book import find_job_file
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+_FLAGS = {
+    "schedule.strategy": "--strategy",
+    "schedule.max_duration": "--max-duration",
+    "seed": "--seed",
+    "metrics_port": "--metrics-port",
+    "loggers": "--log",
+}
+"""Field of a job -> the flag that sets it."""
+
+
 def job_options(command: Command) -> Command:
     """Add the job's argument and the flags that change it."""
     for decorate in (
-        click.option("--seed", type=int, help="Seed of weights, order, augmentation and dropout."),
-        click.option("--max-duration", metavar="D", help="Length of training: 90ep, 5e6sp, 250e9tok."),
+        click.option("--seed", type=int, metavar="N", help="Seed of weights, order, augmentation and dropout."),
+        click.option("--max-duration", metavar="LENGTH", help="Length of training: 90ep, 5e6sp, 250e9tok."),
         click.option(
-            "--strategy", metavar="S", help="Another strategy for the same job: decay-lr, grow-batch, hybrid."
+            "--strategy", metavar="NAME", help="Another strategy for the same job: decay-lr, grow-batch, hybrid."
         ),
         click.option(
             "--set",
             "assignments",
             metavar="NAME=VALUE",
             multiple=True,
-            help="Any field, as in optimizer.momentum=0.95.",
+            help="Set any field, as in optimizer.momentum=0.95; repeatable.",
         ),
         click.argument("job_name", metavar="RECIPE|FILE"),
     ):
@@ -53,11 +64,18 @@ def read_job(
         strategy: `--strategy`.
         max_duration: `--max-duration`.
         seed: `--seed`.
-        flags: Further fields by name; None is "not given".
+        flags: Further fields that have a flag, by name; None is "not given".
 
     Raises:
         InvalidSetting: The job does not exist or is wrong.
     """
     given = {"schedule.strategy": strategy, "schedule.max_duration": max_duration, "seed": seed, **flags}
     chosen = {name: value for name, value in given.items() if value is not None}
-    return load_job(find_job_file(job_name), environ=environ, flags={**parse_assignments(assignments), **chosen})
+    path, changes = find_job_file(job_name), {**parse_assignments(assignments), **chosen}
+    try:
+        return load_job(path, environ=environ, flags=changes)
+    except InvalidSetting as error:
+        name = error.field.partition("[")[0]
+        if name in chosen:
+            raise error.renamed(_FLAGS[name]) from None
+        raise

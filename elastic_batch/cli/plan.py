@@ -17,7 +17,7 @@ from elastic_batch.workloads.planning import plan_job
 @click.command("plan")
 @job_options
 @click.option(
-    "--workers", metavar="R,R,...", help="Numbers of workers to show; else a selection of all that make sense."
+    "--workers", metavar="N,N,...", help="Numbers of workers to show; default: a selection of all that make sense."
 )
 @click.option("--measure", is_flag=True, help="Time steps of the real model here, and show hours.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")

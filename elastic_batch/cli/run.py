@@ -11,10 +11,15 @@ from elastic_batch.cli.elastic import Listening, default_workers, listening_opti
 from elastic_batch.cli.invocation import Invocation
 from elastic_batch.errors import InvalidSetting
 from elastic_batch.scaling.pool import Program
+from elastic_batch.workloads.recipe_book import recipe_names
 
 
-@click.command("run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
-@click.option("--workers", metavar="MIN:MAX", help="How many workers; default: 1 to one a GPU, or a core.")
+@click.command("run", context_settings={"allow_interspersed_args": False})
+@click.option(
+    "--workers",
+    metavar="MIN:MAX",
+    help="How many workers; default: from 1 up to one per GPU, or per core.",
+)
 @click.option("--run-dir", metavar="DIR", help="Where workers meet and logs are kept; default: runs/NAME.")
 @listening_options
 @click.argument("script", metavar="SCRIPT")
@@ -53,7 +58,10 @@ def require_script(script: str) -> None:
     """Refuse what is no Python file.
 
     Raises:
-        InvalidSetting: There is no such file.
+        InvalidSetting: There is no such file, or it is a recipe's name.
     """
+    if script in recipe_names():
+        remedy = f"Train it with: elastic-batch train {script} --workers MIN:MAX"
+        raise InvalidSetting("SCRIPT", script, "must be a Python file, and this is a recipe", remedy)
     if not Path(script).is_file():
         raise InvalidSetting("SCRIPT", script, f"there is no such file (looked for {Path(script).absolute()})")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,12 @@ from elastic_batch.cli.elastic import Listening, listening_options
 from elastic_batch.cli.invocation import Invocation
 from elastic_batch.cli.main import EXIT_RESUMABLE
 from elastic_batch.cli.options import job_options, read_job
+from elastic_batch.cli.places import check_resume, require_directory
 from elastic_batch.cli.progress import Display, open_display
 from elastic_batch.cli.train_workers import train_on_workers
+from elastic_batch.errors import InvalidSetting, RunDirectoryUsed
 from elastic_batch.job import Job
+from elastic_batch.rundir import is_used
 from elastic_batch.workloads.planning import JobPlan, plan_job
 
 
@@ -23,13 +28,17 @@ from elastic_batch.workloads.planning import JobPlan, plan_job
 @job_options
 @click.option("--run-dir", metavar="DIR", help="Where records and checkpoints go; default: runs/NAME[-STRATEGY].")
 @click.option(
-    "--resume", metavar="auto|never|PATH", help="Go on from a checkpoint; auto starts fresh if there is none."
+    "--resume",
+    metavar="auto|never|PATH",
+    help="Go on from a checkpoint; auto starts fresh if there is none; default: never.",
 )
 @click.option("--init-from", metavar="FILE", help="Weights that a fresh run starts from.")
-@click.option("--metrics-port", type=int, metavar="P", help="Serve Prometheus metrics there.")
+@click.option("--metrics-port", type=int, metavar="PORT", help="Serve Prometheus metrics there.")
 @click.option("--log", "loggers", multiple=True, metavar="tensorboard|wandb|mlflow", help="Log there too; repeatable.")
 @click.option(
-    "--workers", metavar="MIN:MAX", help="Train on so many worker processes, which come and go as the job asks."
+    "--workers",
+    metavar="MIN:MAX",
+    help="Train on so many worker processes, which come and go as the job asks; default: in this process.",
 )
 @listening_options
 @click.option("--json", "as_json", is_flag=True, help="End with a JSON object on standard output.")
@@ -47,9 +56,9 @@ def command(
     workers: str | None,
     host: str,
     port: int,
-    token_file: str | None,
-    tls_cert: str | None,
-    tls_key: str | None,
+    token_file: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
     **job_flags: Any,
 ) -> int:
     """Train a job. RECIPE is one of `elastic-batch recipes`, FILE a job file of your own.
@@ -69,15 +78,48 @@ def command(
     planned = plan_job(job)  # what cannot run fails here, before torch is loaded
     directory = run_dir or str(Path("runs") / (f"{job.name}-{strategy}" if strategy else job.name))
     how_to_resume = resume or ("auto" if invocation.was_restarted else "never")
+    listening = Listening(host=host, port=port, token_file=token_file, tls_cert=tls_cert, tls_key=tls_key)
+    _check_places(invocation, directory, how_to_resume)
     if workers is not None:
-        listening = Listening(host=host, port=port, token_file=token_file, tls_cert=tls_cert, tls_key=tls_key)
         return train_on_workers(invocation, job, directory, how_to_resume, workers, listening, as_json)
+    _refuse_listening(listening)
     summary = _train(invocation, planned, directory, how_to_resume, init_from)
     if summary.pop("is_lead"):
         # Whoever started elastic workers says how to resume.
         again = None if invocation.is_elastic else invocation.with_options(run_dir=directory, resume="auto")
         _print_end(summary, planned, directory, again, as_json)
     return 0 if summary["finished"] else EXIT_RESUMABLE
+
+
+def plan_arguments(arguments: Sequence[str], environ: Mapping[str, str]) -> JobPlan:
+    """Plan the job that `train` would train with these arguments.
+
+    Raises:
+        InvalidSetting: The job cannot run.
+    """
+    given = command.make_context("train", list(arguments)).params
+    job_flags = {name: given[name] for name in _JOB_FLAGS}
+    return plan_job(read_job(environ=environ, **{**job_flags, "loggers": list(given["loggers"]) or None}))
+
+
+_JOB_FLAGS = ("job_name", "assignments", "strategy", "max_duration", "seed", "metrics_port")
+
+
+def _check_places(invocation: Invocation, directory: str, resume: str) -> None:
+    check_resume(resume)
+    require_directory("--run-dir", directory)
+    # Elastic workers come when others have begun the run; their supervisor has looked.
+    if resume == "never" and not invocation.is_elastic and is_used(directory):
+        raise RunDirectoryUsed(directory)
+
+
+def _refuse_listening(listening: Listening) -> None:
+    usual = asdict(Listening())
+    for name, value in asdict(listening).items():
+        if value != usual[name]:
+            flag = f"--{name.replace('_', '-')}"
+            remedy = f"Give --workers MIN:MAX, or leave {flag} out"
+            raise InvalidSetting(flag, str(value), "needs --workers: only elastic jobs have a coordinator", remedy)
 
 
 def _train(

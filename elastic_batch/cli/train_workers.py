@@ -9,9 +9,7 @@ import click
 
 from elastic_batch.cli.elastic import Listening, run_job, say_how_it_ended
 from elastic_batch.cli.invocation import Invocation
-from elastic_batch.errors import RunDirectoryUsed
 from elastic_batch.job import Job
-from elastic_batch.rundir import is_used
 from elastic_batch.scaling.pool import Program
 
 _OURS = ("workers", "host", "port", "token_file", "tls_cert", "tls_key")
@@ -33,11 +31,8 @@ def train_on_workers(
         as_json: Whether standard output gets the lead worker's summary alone.
 
     Raises:
-        RunDirectoryUsed: A fresh run was asked for in a directory that holds one.
         InvalidSetting: The range is wrong.
     """
-    if resume == "never" and is_used(directory):
-        raise RunDirectoryUsed(directory)
     # All workers may be lost; those that come then go on from the run's own checkpoints.
     first = "auto" if resume == "never" and job.checkpoint.location is None else resume
     summary = _Summary(as_json)

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
 
 from elastic_batch.cli.elastic import RUN_DIR, TOKEN_FILE, URL, join_job, say_how_it_ended
 from elastic_batch.cli.invocation import Invocation
+from elastic_batch.cli.places import require_file
 from elastic_batch.cli.run import require_script
+from elastic_batch.cli.train import plan_arguments
 from elastic_batch.errors import InvalidSetting
+from elastic_batch.protocol import require_address
 from elastic_batch.scaling.machine import visible_gpus
 from elastic_batch.scaling.pool import Program
 
 
-@click.command("worker", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.command("worker", context_settings={"allow_interspersed_args": False})
 @click.option(
-    "--nproc-per-node", default="auto", metavar="N|auto", help="Workers here; auto: one a GPU, or one without GPUs."
+    "--nproc-per-node",
+    default="auto",
+    metavar="N|auto",
+    help="Workers here; default: one per GPU, or one without GPUs.",
 )
-@click.option("--coordinator", metavar="URL", help=f"Address of the coordinator; also from {URL}.")
-@click.option("--token-file", metavar="FILE", help=f"File with its token; also from {TOKEN_FILE}.")
-@click.option(
-    "--run-dir", metavar="DIR", help=f"The job's run directory, if this machine sees it; also from {RUN_DIR}."
-)
+@click.option("--coordinator", metavar="URL", help=f"Address of the coordinator; default: ${URL}.")
+@click.option("--token-file", metavar="FILE", help=f"File with the coordinator's token; default: ${TOKEN_FILE}.")
+@click.option("--run-dir", metavar="DIR", help=f"Run directory, if this machine sees it; default: ${RUN_DIR}.")
 @click.argument("program", metavar="SCRIPT|RECIPE")
 @click.argument("arguments", metavar="[ARGS]...", nargs=-1, type=click.UNPROCESSED)
 @click.pass_obj
@@ -50,8 +55,15 @@ def command(
     )
     if directory is None and (url is None or token is None):
         raise InvalidSetting("--coordinator", url, "must be given with --token-file, or else --run-dir")
+    if url is not None:
+        require_address("--coordinator", url)
+    if directory is not None and not Path(directory).is_dir():
+        rule = f"must be the run's directory, and there is none ({Path(directory).absolute()})"
+        raise InvalidSetting("--run-dir", directory, rule, "Start the run first, and see that this machine sees it")
+    if token is not None:
+        require_file("--token-file", token, "must hold the coordinator's token")
     code = join_job(
-        _program(program, arguments, directory),
+        _program(program, arguments, directory, environ),
         _num_workers(nproc_per_node, len(visible_gpus(environ))),
         environ,
         url=url,
@@ -62,11 +74,12 @@ def command(
     return code
 
 
-def _program(name: str, arguments: tuple[str, ...], run_dir: str | None) -> Program:
+def _program(name: str, arguments: tuple[str, ...], run_dir: str | None, environ: Mapping[str, str]) -> Program:
     """A Python file is a script; all else is for `train` to find."""
     if name.endswith(".py"):
         require_script(name)
         return Program(script=name, arguments=arguments)
+    plan_arguments([name, *arguments], environ)  # what cannot run fails here, not in each worker
     place = ["--run-dir", run_dir] if run_dir is not None else []
     return Program(script=None, arguments=["train", name, *arguments, *place, "--resume", "auto"])
 

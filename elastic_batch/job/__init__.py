@@ -16,7 +16,7 @@ from elastic_batch.job.settings import (
     SGDSettings,
     TargetOptimizerSettings,
 )
-from elastic_batch.job.yaml_text import format_yaml
+from elastic_batch.job.yaml_text import format_yaml, parse_yaml
 
 __all__ = [
     "TRAJECTORY",
@@ -34,5 +34,6 @@ __all__ = [
     "format_yaml",
     "load_job",
     "parse_assignments",
+    "parse_yaml",
     "resolve_job",
 ]

@@ -68,6 +68,9 @@ def _explain_one(place: _Place, faults: Sequence[ErrorDetails]) -> InvalidSettin
 def _rule(fault: ErrorDetails) -> str:
     if fault["type"] in ("model_type", "model_attributes_type"):
         return "must be a section with fields of its own"
+    if fault["type"] in ("tuple_type", "list_type"):
+        value = fault["input"]
+        return f"must be a list, as in [{value}]" if isinstance(value, str) else "must be a list"
     error = fault.get("ctx", {}).get("error")
     message = str(error) if error is not None else fault["msg"].replace("Input should be", "must be")
     return message[:1].lower() + message[1:]
@@ -82,10 +85,7 @@ def _unknown_field(path: str, value: object, known: Sequence[str]) -> InvalidSet
 
 
 def _prefixed(inner: InvalidSetting, path: str) -> InvalidSetting:
-    field = f"{path}.{inner.field}" if path and not inner.field.startswith(path) else inner.field
-    if isinstance(inner, UnknownName):
-        return UnknownName(field, str(inner.value), inner.known)
-    return InvalidSetting(field, inner.value, inner.rule, inner.remedy)
+    return inner.renamed(f"{path}.{inner.field}" if path and not inner.field.startswith(path) else inner.field)
 
 
 def _quoted(text: str) -> list[str]:

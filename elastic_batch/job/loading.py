@@ -33,7 +33,7 @@ def load_job(path: Path, *, environ: Mapping[str, str] | None = None, flags: Map
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidSetting("job file", str(path), f"cannot be read ({error})") from error
-    fields = parse_yaml(text, str(path))
+    fields = parse_yaml(text, "job file", str(path))
     if not isinstance(fields, dict):
         raise InvalidSetting("job file", str(path), "must be a mapping of fields, name: value")
     return resolve_job(fields, environ=environ, flags=flags)

@@ -43,12 +43,13 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value)
 _Loader.add_constructor("tag:yaml.org,2002:float", lambda _, node: _to_float(node.value))
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, setting: str, value: str | None = None) -> Any:
     """Parse one YAML (hence also JSON) document.
 
     Args:
         text: The document.
-        where: What it is, for the message (a path, a variable's name).
+        setting: What it is, for the message (a flag, a variable's name).
+        value: What was given for it; None: the text.
 
     Raises:
         InvalidSetting: The text is not YAML; the message has line and column.
@@ -61,9 +62,9 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise InvalidSetting("job file", where, f"is not valid YAML{place}: {error.problem}") from error
+        raise InvalidSetting(setting, value or text, f"is not valid YAML{place}: {error.problem}") from error
     except yaml.YAMLError as error:
-        raise InvalidSetting("job file", where, f"is not valid YAML: {error}") from error
+        raise InvalidSetting(setting, value or text, f"is not valid YAML: {error}") from error
 
 
 def format_yaml(value: Any) -> str:

@@ -20,7 +20,7 @@ class WorkerRange:
 
     Args:
         minimum: It starts with at least so many; at least 1.
-        maximum: And never has more.
+        maximum: It never has more.
     """
 
     minimum: int
@@ -37,12 +37,13 @@ class WorkerRange:
         (WorkerRange(minimum=1, maximum=4), WorkerRange(minimum=2, maximum=2))
         """
         found = re.fullmatch(r"(\d+)(?::(\d+))?", text.strip())
-        rule = "must be MIN:MAX or N, as in 1:4"
         if found is None:
-            raise InvalidSetting("--workers", text, rule)
+            raise InvalidSetting("--workers", text, "must be MIN:MAX or N, as in 1:4")
         minimum, maximum = int(found[1]), int(found[2] or found[1])
-        if not 1 <= minimum <= maximum:
-            raise InvalidSetting("--workers", text, f"{rule}, with at least 1 and MIN not above MAX")
+        if minimum < 1:
+            raise InvalidSetting("--workers", text, "must be at least 1")
+        if minimum > maximum:
+            raise InvalidSetting("--workers", text, "must be MIN:MAX, with MIN not above MAX")
         return cls(minimum, maximum)
 
 

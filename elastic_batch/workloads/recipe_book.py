@@ -30,6 +30,8 @@ def find_job_file(recipe_or_path: str) -> Path:
     """
     path = Path(recipe_or_path)
     if path.suffix in _SUFFIXES or len(path.parts) > 1:
+        if path.is_dir():
+            raise InvalidSetting("job file", recipe_or_path, "must be a file, and this is a directory")
         if not path.is_file():
             raise InvalidSetting("job file", recipe_or_path, f"there is no such file (looked for {path.absolute()})")
         return path

@@ -9,7 +9,15 @@ import pytest
 
 from elastic_batch.cli import main as main_module
 from elastic_batch.cli.main import COMMANDS, main
-from elastic_batch.errors import ElasticBatchError, InvalidSetting
+from elastic_batch.errors import (
+    CheckpointMissing,
+    ElasticBatchError,
+    InvalidSetting,
+    JobDiffers,
+    Refusal,
+    RunDirectoryMissing,
+    RunDirectoryUsed,
+)
 from elastic_batch.version import VERSION
 
 
@@ -43,6 +51,11 @@ def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "digits", "--set", "data.name=digit"], "Did you mean 'digits'?"),
         (["plan", "digits", "--max-duration", "10"], "a number with a unit"),
         (["plan", "none.yaml"], "no such file"),
+        (["train", "digits", "--log", "foo"], "--log = 'foo': must be one of mlflow, tensorboard, wandb"),
+        (["train", "digits", "--metrics-port", "-1"], "--metrics-port = -1: must be greater than"),
+        (["plan", "digits", "--seed", "-1"], "--seed = -1: must be greater than or equal to 0"),
+        (["plan", "digits", "--set", "seed=["], "--set seed = '[': is not valid YAML"),
+        (["plan", "/tmp"], "job file = '/tmp': must be a file, and this is a directory"),
     ],
 )
 def test_a_wrong_command_line_is_one_message_and_exit_code_2(
@@ -60,6 +73,11 @@ def test_a_wrong_command_line_is_one_message_and_exit_code_2(
     [
         (ElasticBatchError("it broke"), 1),
         (InvalidSetting("seed", -1, "must be at least 0"), 2),
+        (RunDirectoryUsed("runs/a"), 2),
+        (RunDirectoryMissing("runs/a"), 2),
+        (JobDiffers("runs/a", {"seed": (0, 1)}), 2),
+        (CheckpointMissing("there is no checkpoint"), 2),
+        (Refusal("the worker runs another version"), 2),
         (PermissionError("cannot write there"), 1),
         (KeyboardInterrupt(), 130),
     ],
@@ -78,6 +96,14 @@ def test_errors_become_a_message_and_a_code(
 def test_the_message_of_another_worker_than_the_first_says_whose_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "none.yaml"], {"RANK": "2"})
     assert capsys.readouterr().err.startswith("worker 2: Error: job file")
+
+
+@pytest.mark.parametrize("environ", [{"RANK": "abc"}, {"SLURM_PROCID": "x"}])
+def test_a_rank_that_is_none_does_not_hide_the_error(
+    environ: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "none.yaml"], environ) == 2
+    assert capsys.readouterr().err.startswith("Error: job file")
 
 
 @pytest.mark.parametrize("arguments", [["plan", "cifar10-wrn16-4-grow-batch"], ["recipes"], ["schema"]])

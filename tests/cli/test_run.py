@@ -59,11 +59,26 @@ PROGRAM = [sys.executable, "-m", "elastic_batch"]
         (["run", "--workers", "many", "SCRIPT"], "--workers = 'many': must be MIN:MAX"),
         (["run", "no-such.py"], "SCRIPT = 'no-such.py': there is no such file"),
         (["run"], "Missing argument 'SCRIPT'"),
-        (["train", "digits", "--workers", "0"], "--workers = '0': must be MIN:MAX"),
+        (["run", "--worker", "1:2", "SCRIPT"], "Did you mean '--workers'?"),
+        (["run", "digits"], "Train it with: elastic-batch train digits --workers MIN:MAX"),
+        (["run", "--port", "99999999", "SCRIPT"], "--port = 99999999: must be from 0"),
+        (["run", "--tls-cert", "none", "SCRIPT"], "--tls-cert = 'none': needs --tls-key too"),
+        (["run", "--token-file", "none", "SCRIPT"], "--token-file = 'none': must be readable"),
+        (["run", "--run-dir", "SCRIPT", "SCRIPT"], "must be a directory that can be written to"),
+        (["train", "digits", "--workers", "0"], "--workers = '0': must be at least 1"),
+        (["train", "digits", "--port", "7077"], "--port = '7077': needs --workers"),
+        (["train", "digits", "--token-file", "token"], "--token-file = 'token': needs --workers"),
+        (["train", "digits", "--resume", "atuo"], "Did you mean 'auto'?"),
+        (["train", "digits", "--run-dir", "SCRIPT/run"], "must be a directory that can be written to"),
         (["worker", "SCRIPT"], "--coordinator = None: must be given with --token-file, or else --run-dir"),
         (["worker", "--coordinator", "http://a:1", "SCRIPT"], "must be given with --token-file"),
         (["worker", "--run-dir", ".", "--nproc-per-node", "0", "SCRIPT"], "--nproc-per-node = '0': must be auto or"),
         (["worker", "--run-dir", ".", "no-such.py"], "there is no such file"),
+        (["worker", "--run-dir", "typo", "SCRIPT"], "--run-dir = 'typo': must be the run's directory"),
+        (["worker", "--run-dir", ".", "--token-file", "typo", "SCRIPT"], "--token-file = 'typo': must hold"),
+        (["worker", "--coordinator", "a:1", "--run-dir", ".", "SCRIPT"], "must be an address such as http://"),
+        (["worker", "--run-dir", ".", "digts"], "Did you mean 'digits'?"),
+        (["worker", "--run-dir", ".", "digits", "--strategy", "decay"], "Did you mean 'decay-lr'?"),
     ],
 )
 def test_mistakes_are_told_before_anything_starts(
@@ -75,9 +90,10 @@ def test_mistakes_are_told_before_anything_starts(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # here may be runs of the user's
     (tmp_path / "script.py").write_text("")
-    words = [str(tmp_path / "script.py") if word == "SCRIPT" else word for word in arguments]
+    words = [word.replace("SCRIPT", str(tmp_path / "script.py")) for word in arguments]
     assert main(words, {}) == 2
     assert message in capsys.readouterr().err
+    assert os.listdir() == ["script.py"], "nothing was made"
 
 
 def test_workers_do_not_share_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,8 +104,9 @@ def test_workers_do_not_share_gpus(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_a_used_run_directory_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run.json").write_text("{}")
-    assert main(["train", "digits", "--workers", "1", "--run-dir", str(tmp_path)], {}) == 1
-    assert "already holds a run" in capsys.readouterr().err
+    for workers in ([], ["--workers", "1"]):
+        assert main(["train", "digits", *workers, "--run-dir", str(tmp_path)], {}) == 2
+        assert "already holds a run" in capsys.readouterr().err
 
 
 def test_the_supervising_process_does_not_load_torch() -> None:

@@ -102,10 +102,19 @@ def test_a_used_run_directory_is_refused_and_resumed_when_asked(
 ) -> None:
     arguments = [*SMALL, "--run-dir", str(tmp_path / "run")]
     train(capsys, *arguments)
-    _, err = train(capsys, *arguments, code=1)
+    _, err = train(capsys, *arguments, code=2)
     assert "already holds a run" in err
     out, _ = train(capsys, *arguments, "--resume", "auto")
     assert "test accuracy" in out
+
+
+def test_a_used_run_directory_is_refused_before_the_model_is_built(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("elastic_batch.workloads.build.build_workload", None)
+    (tmp_path / "run.json").write_text("{}")
+    _, err = train(capsys, "--run-dir", str(tmp_path), code=2)
+    assert "already holds a run" in err
 
 
 def test_a_run_directory_in_which_another_process_trains_is_refused(
@@ -136,7 +145,7 @@ def test_a_run_of_many_steps_can_be_prolonged_by_more_of_them(
     train(capsys, *arguments)
     out, _ = train(capsys, *arguments, "--resume", "auto", "--max-duration", "384sp")
     assert json.loads(out)["samples"] == 384
-    _, err = train(capsys, *arguments, "--resume", "auto", "--set", steps.replace("64sp,", "96sp,"), code=1)
+    _, err = train(capsys, *arguments, "--resume", "auto", "--set", steps.replace("64sp,", "96sp,"), code=2)
     assert "schedule.shape.every: '64sp' there, '96sp' now" in err
 
 
@@ -152,12 +161,12 @@ def test_what_a_job_says_of_its_own_optimizer_holds_in_training_too(
 def test_another_job_is_not_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*SMALL, "--run-dir", str(tmp_path / "run")]
     train(capsys, *arguments)
-    _, err = train(capsys, *arguments, "--resume", "auto", "--seed", "7", code=1)
+    _, err = train(capsys, *arguments, "--resume", "auto", "--seed", "7", code=2)
     assert "seed: 0 there, 7 now" in err
-    _, err = train(capsys, *arguments, "--resume", "auto", "--set", "model.args={width: 3}", code=1)
+    _, err = train(capsys, *arguments, "--resume", "auto", "--set", "model.args={width: 3}", code=2)
     assert "job.model.args.width: 2 there, 3 now" in err
     milestones = ("--set", "schedule.milestones=[64sp, 160sp]")
-    _, err = train(capsys, *arguments, "--resume", "auto", *milestones, code=1)
+    _, err = train(capsys, *arguments, "--resume", "auto", *milestones, code=2)
     assert "job.schedule.milestones: ['64sp', '128sp'] there, ['64sp', '160sp'] now" in err
 
 

@@ -227,7 +227,7 @@ def test_adam_has_no_momentum_to_raise() -> None:
         ({"raised": {}}, "learning_rate", "raised needs"),
         ({"rule": "sqrt", "noise_form": "exact"}, "noise_form", "sqrt rule"),
         ({"rule": "sqrt", "raised": {"learning_rate": 1}}, "raised", "only the linear rule"),
-        ({"rule": "squareroot"}, "rule", "must be one of linear, sqrt"),
+        ({"rule": "squareroot"}, "rule", "Did you mean 'sqrt'"),
         ({"strategy": "grow-bath"}, "strategy", "Did you mean 'grow-batch'"),
         ({"noise_form": "exakt"}, "noise_form", "Did you mean 'exact'"),
         ({"max_duration": "200"}, "max_duration", "number with a unit"),
