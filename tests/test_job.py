@@ -135,6 +135,11 @@ def test_broken_yaml_is_refused_with_line_and_column(tmp_path: Path) -> None:
         load_job(path)
 
 
+def test_broken_yaml_of_a_flag_names_the_flag() -> None:
+    with pytest.raises(InvalidSetting, match=r"^--set seed = '\[': is not valid YAML"):
+        parse_assignments(("seed=[",))
+
+
 def test_a_repeated_key_is_refused() -> None:
     with pytest.raises(InvalidSetting, match="'seed' occurs twice"):
         parse_yaml("seed: 1\nseed: 2\n", "text")
@@ -205,12 +210,13 @@ def test_assignments_need_a_name_and_a_value() -> None:
         ({"optimizer.learning_rat": 1}, "optimizer.learning_rat", "Did you mean 'learning_rate'"),
         ({"optimizer.learning_rate": -1}, "optimizer.learning_rate", "must be greater than 0"),
         ({"optimizer.momentum": 1.0}, "optimizer.momentum", "must be less than 1"),
-        ({"optimizer.name": "adm"}, "optimizer.name", "one of adam, adamw, sgd. Did you mean 'adam'"),
+        ({"optimizer.name": "adm"}, "optimizer.name", "= 'adm': is not known. Did you mean 'adam'?"),
         ({"optimizer": 3}, "optimizer", "must be a section"),
         ({"optimizer.momentum": 0, "optimizer.nesterov": True}, "optimizer.nesterov", "needs a momentum"),
         ({"optimizer": {"name": "adam", "learning_rate": 1, "momentum": 0.9}}, "optimizer.momentum", "no such field"),
         ({"optimizer": {"target": "a:b", "rate": 1}}, "optimizer.rate", "no such field in optimizer"),
         ({"schedule.strategy": "grow"}, "schedule.strategy", "Did you mean 'grow-batch'"),
+        ({"optimizer.name": "zzz"}, "optimizer.name", "must be one of adam, adamw, sgd"),
         ({"schedule": {}}, "schedule.strategy", "is required: one of adaptive"),
         ({"schedule.milestons": []}, "schedule.milestons", "Did you mean 'milestones'"),
         ({"schedule.max_duration": 90}, "schedule.max_duration", "a number with a unit"),
@@ -226,7 +232,12 @@ def test_assignments_need_a_name_and_a_value() -> None:
         ({"data.name": None, "data.target": "nothing"}, "data.target", "must be package.module:attribute"),
         ({"loss.name": "mse", "loss.label_smoothing": 0.1}, "loss.label_smoothing", "only cross-entropy"),
         ({"loggers": ["tensorbord"]}, "loggers[0]", "Did you mean 'tensorboard'"),
-        ({"device": "gpu"}, "device", "auto|cpu"),
+        ({"device": "gpu"}, "device", "must be auto, cpu, cuda or cuda:N"),
+        ({"schedule.milestones": "8ep"}, "schedule.milestones", "must be a list, as in [8ep]"),
+        ({"optimizer.weight_decay": float("inf")}, "optimizer.weight_decay", "must be a finite number"),
+        ({"loss.args": {"reduction": "sum"}}, "loss.args", "is for a target of your own"),
+        ({"loss.takes": "model, batch"}, "loss.takes", "is for a target of your own"),
+        ({"seed": 2**64}, "seed", "must be less than 18446744073709551616"),
         ({"checkpoint.every": "0ep"}, "checkpoint.every", "must be above 0"),
         ({"seeed": 1}, "seeed", "Did you mean 'seed'"),
     ],

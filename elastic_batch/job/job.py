@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, WithJsonSchema, model_validator
 
 from elastic_batch.errors import InvalidSetting
 from elastic_batch.job.complaints import explain
@@ -20,13 +21,24 @@ from elastic_batch.job.settings import (
 )
 from elastic_batch.schedule import AnySchedule, ConvertSchedule, MilestoneSchedule, Schedule, ScheduleContext
 
+_DEVICE_PATTERN = r"^(auto|cpu|cuda(:\d+)?)$"
+
+
+def _check_device(value: str) -> str:
+    if not re.match(_DEVICE_PATTERN, value):
+        raise ValueError("must be auto, cpu, cuda or cuda:N, as in cuda:1")
+    return value
+
+
+Device = Annotated[str, AfterValidator(_check_device), WithJsonSchema({"type": "string", "pattern": _DEVICE_PATTERN})]
+
 
 class Job(Section):
     """A training run: what is trained, on what, how, for how long."""
 
     name: str = Field(min_length=1)
     """What the run is called in pictures and logs."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**64)
     """Decides the initial weights, the order of samples, augmentation and dropout."""
     data: DataSettings
     """What is trained on."""
@@ -64,7 +76,7 @@ class Job(Section):
     """CPU threads of each worker; null: as many as torch takes. Small nets are fastest on one."""
     spares: int = Field(default=0, ge=0)
     """Workers beyond the number of micro-batches that stay in step without work."""
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: Device = "auto"
     """`auto` takes the GPU of this worker's local rank where there is one."""
     metrics_port: int | None = Field(default=None, ge=0, lt=65536)
     """Serve Prometheus metrics there; null: nowhere."""

@@ -25,7 +25,7 @@ Target = Annotated[str, AfterValidator(_check_target), WithJsonSchema({"type": "
 class Section(BaseModel):
     """Base of all sections: frozen, unknown fields refused, the text below a field is its description."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def _require_one(section: str, name: str | None, target: str | None) -> None:
@@ -114,13 +114,17 @@ class LossSettings(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         _require_one("loss", self.name, self.target)
+        if self.target is None:
+            for field in ("args", "takes"):
+                if getattr(self, field) != type(self).model_fields[field].default:
+                    raise InvalidSetting(field, getattr(self, field), "is for a target of your own")
         if self.label_smoothing and self.name != "cross-entropy":
             raise InvalidSetting("label_smoothing", self.label_smoothing, "only cross-entropy has it")
         return self
 
 
 class _OptimizerSection(Section):
-    learning_rate: float = Field(gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(gt=0)
     """At the start of training; the schedule does the rest."""
     weight_decay: float = Field(default=0.0, ge=0)
     """L2 penalty of the optimizer (decoupled in adamw)."""
@@ -185,7 +189,7 @@ class TargetOptimizerSettings(Section):
     """`package.module:attribute` of a torch.optim.Optimizer."""
     args: dict[str, Any] = {}
     """Further keyword arguments; a momentum of SGD's kind belongs here and into `momentum`."""
-    learning_rate: float = Field(gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(gt=0)
     """At the start of training."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """What the schedule's noise scale takes for momentum."""

@@ -22,6 +22,7 @@ class DataSetFacts:
         image_shape: (channels, height, width) as the model sees it.
         mean: Per channel over the training set, in the units of the stored pixels.
         std: Standard deviation per channel, same units.
+        takes: Which fields of a job's `data` say where the set is, or fetch it.
         in_memory: Whether the whole set is held as one tensor, so that augmentation runs on whole batches.
     """
 
@@ -32,6 +33,7 @@ class DataSetFacts:
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    takes: tuple[str, ...] = ("root",)
     in_memory: bool = True
 
 
@@ -44,6 +46,7 @@ DATA_SETS = {
         image_shape=(1, 8, 8),
         mean=(4.884,),
         std=(6.017,),
+        takes=(),
     ),
     "fashion-mnist": DataSetFacts(
         summary="grey photographs of clothes (Xiao et al. 2017)",
@@ -53,6 +56,7 @@ DATA_SETS = {
         image_shape=(1, 28, 28),
         mean=(72.940,),
         std=(90.021,),
+        takes=("root", "download"),
     ),
     "cifar10": DataSetFacts(
         summary="colour photographs of ten kinds of things (Krizhevsky 2009)",
@@ -62,6 +66,7 @@ DATA_SETS = {
         image_shape=(3, 32, 32),
         mean=(125.307, 122.950, 113.865),
         std=(62.993, 62.089, 66.705),
+        takes=("root", "download"),
     ),
     "imagenet": DataSetFacts(
         summary="a folder of images, train/CLASS/* and val/CLASS/* (ILSVRC 2012)",
@@ -106,15 +111,22 @@ def check_data(settings: DataSettings) -> None:
 
     Raises:
         UnknownName: There is no such data set.
-        InvalidSetting: An option is for the other kind of data set (in memory, folder), or too large.
+        InvalidSetting: An option is for another data set, or too large; or the set has another number of samples.
     """
     options = settings.augmentation
     if settings.name is None:
-        _refuse_options(settings, "data", "root", "image_size", why="is for built-in data sets; use args")
+        _refuse_options(settings, "data", "root", "download", "image_size", why="is for built-in data sets; use args")
         _refuse_options(options, "data.augmentation", *type(options).model_fields, why="is for built-in data sets")
         return
     facts = facts_of(settings.name)
+    _refuse_options(settings, "data", "args", why="is for a target of your own")
+    for name in ("root", "download"):
+        if name not in facts.takes:
+            _refuse_options(settings, "data", name, why=f"{settings.name} has no use for it")
     if facts.in_memory:
+        if settings.num_samples not in (None, facts.num_training_samples):
+            rule = f"{settings.name} has {facts.num_training_samples} training samples"
+            raise InvalidSetting("data.num_samples", settings.num_samples, rule, "Leave it out")
         _refuse_options(settings, "data", "image_size", why="is for image folders")
         _refuse_options(options, "data.augmentation", "min_crop_area", why="is for image folders; use crop_padding")
     else:

@@ -38,6 +38,11 @@ def plan_job(job: Job) -> JobPlan:
         check_model_name(job.model.name)
     num_samples = num_training_samples(job)
     schedule = job.build_schedule(num_samples)
+    for field, every in (("checkpoint.every", job.checkpoint.every), ("evaluation.every", job.evaluation.every)):
+        if every is not None:
+            every.samples(
+                num_samples=num_samples, tokens_per_sample=job.data.tokens_per_sample, total=schedule.end, field=field
+            )
     spec = job.with_plain_decay()
     decay_schedule = spec.build_schedule(num_samples) if spec else None
     return JobPlan(
