@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from elastic_batch.errors import InvalidSetting, UnknownName
 from elastic_batch.schedule import Duration
@@ -97,29 +99,13 @@ class TrainerOptions:
     """Further receivers of the run's records, on the lead worker."""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("micro_batch_size", 1),
-            ("spares", 0),
-            ("check_every", 0),
-            ("keep", 1),
-            ("num_workers", 0),
-            ("prefetch_factor", 1),
-        ):
-            _require(name, getattr(self, name), getattr(self, name) >= least, f"must be at least {least}")
-        _require("precision", self.precision, self.precision in get_args(Precision), "must be float32, bf16 or fp16")
-        _require("on_non_finite", self.on_non_finite, self.on_non_finite in ("stop", "skip"), "must be stop or skip")
-        norm = self.max_grad_norm
-        _require("max_grad_norm", norm, norm is None or norm > 0, "must be above 0, or None not to clip")
+        for name, kind in _KINDS.items():
+            _require(name, getattr(self, name), kind.fits(getattr(self, name)), kind.rule)
         every = self.checkpoint_every
         is_length = every is None or Duration.parse(every, "checkpoint_every").amount > 0
         _require("checkpoint_every", every, is_length, "must be above 0, or None for one at the end")
-        momentum = self.momentum
-        _require("momentum", momentum, momentum is None or 0 <= momentum < 1, "must be from 0 to below 1")
-        width = self.micro_batches_per_pass
-        is_width = width == "auto" or (isinstance(width, int) and width >= 1)
-        _require("micro_batches_per_pass", width, is_width, "must be a whole number from 1 on, or auto")
         ghost, micro = self.ghost_batch_size, self.micro_batch_size
-        divides = ghost is None or (ghost >= 1 and micro % ghost == 0)
+        divides = ghost is None or micro % ghost == 0
         _require("ghost_batch_size", ghost, divides, f"must divide micro_batch_size = {micro}")
 
     def as_plain_values(self) -> dict[str, Any]:
@@ -142,6 +128,89 @@ class TrainerOptions:
         if "micro_batch_size" not in given:
             raise InvalidSetting("micro_batch_size", None, "must be given: samples of one unit of work", "Try 32")
         return cls(**given)
+
+
+class _Kind(NamedTuple):
+    """What an option may be."""
+
+    fits: Callable[[Any], bool]
+    rule: str
+
+    def or_none(self) -> _Kind:
+        """The same, or None."""
+        return _Kind(lambda value: value is None or self.fits(value), f"{self.rule}, or None")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(least: int, most: float = math.inf) -> _Kind:
+    limit = f"from {least} to {most}" if most < math.inf else f"at least {least}"
+    return _Kind(lambda value: _is_whole(value) and least <= value <= most, f"must be a whole number, {limit}")
+
+
+def _one_of(*words: str) -> _Kind:
+    return _Kind(lambda value: value in words, f"must be {', '.join(words[:-1])} or {words[-1]}")
+
+
+def _are_loggers(value: Any) -> bool:
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    return is_list and all(callable(getattr(each, "log", None)) for each in value)
+
+
+_FLAG = _Kind(lambda value: isinstance(value, bool), "must be True or False")
+_TEXT = _Kind(lambda value: isinstance(value, str), "must be a text")
+_PATH = _Kind(lambda value: isinstance(value, str | PathLike), "must be a path")
+_FIELDS = _Kind(lambda value: isinstance(value, dict), "must be a dict")
+_FUNCTION = _Kind(callable, "must be a function")
+
+_KINDS = {
+    "micro_batch_size": _whole(1),
+    "ghost_batch_size": _whole(1).or_none(),
+    "seed": _whole(0, 2**64 - 1),
+    "run_dir": _PATH.or_none(),
+    "resume": _PATH._replace(rule="must be auto, never, or a path"),
+    "name": _TEXT,
+    "job": _FIELDS.or_none(),
+    "trajectory": _FIELDS.or_none(),
+    "precision": _one_of(*get_args(Precision)),
+    "compile": _FLAG,
+    "max_grad_norm": _Kind(lambda value: _is_number(value) and value > 0, "must be a number above 0").or_none(),
+    "on_non_finite": _one_of("stop", "skip"),
+    "momentum": _Kind(lambda value: _is_number(value) and 0 <= value < 1, "must be from 0 to below 1").or_none(),
+    "adaptive_optimizer": _FLAG.or_none(),
+    "momentum_correction": _FLAG,
+    "deterministic": _FLAG,
+    "micro_batches_per_pass": _Kind(
+        lambda value: value == "auto" or (_is_whole(value) and value >= 1), "must be a whole number from 1 on, or auto"
+    ),
+    "spares": _whole(0),
+    "measure_noise": _FLAG,
+    "noise_horizon": _whole(1).or_none(),
+    "check_loss": _FLAG,
+    "check_every": _whole(0),
+    "checkpoint_location": _PATH.or_none(),
+    "keep": _whole(1),
+    "num_workers": _whole(0),
+    "prefetch_factor": _whole(1),
+    "collate_fn": _FUNCTION.or_none(),
+    "batch_transform": _FUNCTION.or_none(),
+    "block_size": _whole(1).or_none(),
+    "tokens_per_sample": _whole(1).or_none(),
+    "metrics_port": _whole(0, 65535).or_none(),
+    "metrics_file": _PATH.or_none(),
+    "loggers": _Kind(
+        _are_loggers,
+        "must be a list of loggers, such as elastic_batch.telemetry.open_loggers(['tensorboard'], run_dir, name=..., "
+        "job={}) gives",
+    ),
+}
+"""Option -> what it may be, of all but `checkpoint_every`, a length of training."""
 
 
 def _require(name: str, value: object, holds: bool, rule: str) -> None:
