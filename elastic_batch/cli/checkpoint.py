@@ -27,7 +27,7 @@ def command() -> None:
     """
 
 
-@command.command("list")
+@command.command("list", short_help="List checkpoints, the newest first.")
 @click.argument("place")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
 def list_checkpoints(place: str, as_json: bool) -> None:
@@ -36,7 +36,9 @@ def list_checkpoints(place: str, as_json: bool) -> None:
     damages: list[CheckpointDamaged] = []
     manifests = [manifest for manifest in store.manifests(damages.append) if name in (None, manifest.name)]
     if as_json:
-        click.echo(to_json([_fields(manifest) for manifest in manifests], indent=2))
+        whole = [_fields(manifest) for manifest in manifests]
+        damaged = [{"name": damage.name, "damage": damage.reason} for damage in damages]
+        click.echo(to_json([*whole, *damaged], indent=2))
         return
     console = open_console()
     if manifests:
@@ -46,13 +48,13 @@ def list_checkpoints(place: str, as_json: bool) -> None:
     _print_damages(console, damages)
 
 
-@command.command()
+@command.command(short_help="Compare checkpoints with their digests.")
 @click.argument("place")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
 def verify(place: str, as_json: bool) -> int:
     """Read every checkpoint in PLACE and compare it with its digest.
 
-    Exit codes: 0 all are whole; 1 one is damaged, or there is none.
+    Exit codes: 0 all are whole; 1 one is damaged; 2 there is none.
     """
     from elastic_batch.errors import CheckpointDamaged, CheckpointMissing
 
@@ -82,14 +84,16 @@ def verify(place: str, as_json: bool) -> int:
     return EXIT_DAMAGED if damages else 0
 
 
-@command.command()
+@command.command(short_help="Write the weights of a checkpoint to a file.")
 @click.argument("place")
 @click.argument("output")
-@click.option("--entry", default="model", show_default=True, help="Which state_dict in it; dots go deeper.")
+@click.option(
+    "--entry", metavar="NAME", default="model", show_default=True, help="Which state_dict of it; dots go deeper."
+)
 def export(place: str, output: str, entry: str) -> None:
     """Write the weights of a checkpoint to OUTPUT, a plain state_dict: .safetensors, or .pt for torch.
 
-    Of several checkpoints the newest good one is taken. It loads strictly into the model as you wrote it.
+    Of several checkpoints the newest good one is taken. The file loads strictly into the model as you wrote it.
     """
     from elastic_batch import checkpoint
 
@@ -129,6 +133,7 @@ def _table(manifests: list[Manifest]) -> Table:
 def _fields(manifest: Manifest) -> dict[str, object]:
     return {
         "name": manifest.name,
+        "damage": None,
         "update": manifest.update,
         "position": manifest.position,
         "generation": manifest.generation,

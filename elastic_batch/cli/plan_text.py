@@ -66,8 +66,8 @@ def _phases(plan: Plan) -> Table:
         table.add_row(f"... {left_out} more rows (--json has all)")
     saved = 1 - plan.updates / plan.baseline_updates
     table.add_section()
-    table.add_row("in all", "", "", "", "", "", str(plan.updates))
-    table.add_row("with plain decay", "", "", "", "", f"{saved:.0%} fewer", str(plan.baseline_updates))
+    table.add_row("in all", "", "", "", "", f"{saved:.0%} fewer", str(plan.updates))
+    table.add_row("with plain decay", "", "", "", "", "", str(plan.baseline_updates))
     return table
 
 

@@ -134,19 +134,20 @@ class Group:
 
 
 def find_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Run directories, each named itself or by the directory that they lie in.
+    """Run directories, each once, named itself or by the directory that it lies in.
 
     Raises:
         RunDirectoryMissing: A path holds no run with at least one update.
     """
-    found = []
+    found: dict[Path, Path] = {}
     for path in map(Path, paths):
         inside = sorted(path.iterdir()) if path.is_dir() else []
         runs = [path] if has_updates(path) else [candidate for candidate in inside if has_updates(candidate)]
         if not runs:
             raise RunDirectoryMissing(str(path))
-        found += runs
-    return found
+        for run in runs:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
 
 
 def load_run(path: Path) -> Run:

@@ -42,6 +42,9 @@ def test_a_list_has_the_newest_first(run: Path) -> None:
 def test_a_list_names_what_cannot_be_read_and_an_empty_place(run: Path, tmp_path: Path) -> None:
     next((run / "checkpoints").glob("*.json")).write_text("{")
     assert "damaged" in call("list", run).output
+    damaged, whole = sorted(json.loads(call("list", run, "--json").output), key=lambda entry: entry["damage"] is None)
+    assert set(damaged) == {"name", "damage"}
+    assert whole["damage"] is None
     assert "There is no checkpoint in" in call("list", tmp_path).output
 
 

@@ -135,3 +135,8 @@ def test_a_run_without_updates_is_none(tmp_path: Path) -> None:
         find_runs([tmp_path])
     with pytest.raises(RunDirectoryMissing):
         load_run(tmp_path)
+
+
+def test_a_run_that_is_named_twice_counts_once(make_run: MakeRun, tmp_path: Path) -> None:
+    path = make_run(tmp_path / "runs" / "a", "hybrid", 1)
+    assert find_runs([path, tmp_path / "runs", f"{path}/../a"]) == [path]
