@@ -18,10 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import yaml
-
 from elastic_batch.durable import make_directory, write_file
 from elastic_batch.errors import RunDirectoryMissing, RunDirectoryUsed
+from elastic_batch.job import format_yaml, parse_yaml
 from elastic_batch.rundir.ledger import Commit, Ledger, LedgerReader
 from elastic_batch.rundir.lines import LineWriter, read_line_at, read_lines
 from elastic_batch.strict_json import to_json
@@ -175,9 +174,14 @@ def read_run_id(path: str | os.PathLike[str]) -> str:
 
 
 def read_job(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The job of the run in a directory; empty if none was written."""
+    """The job of the run in a directory; empty if none was written.
+
+    Raises:
+        InvalidSetting: Somebody has written something else there.
+    """
+    file = Path(path) / _JOB
     try:
-        job = yaml.safe_load((Path(path) / _JOB).read_bytes())
+        job = parse_yaml(file.read_text(encoding="utf-8"), "job file", str(file))
     except FileNotFoundError:
         return {}
     return job if isinstance(job, dict) else {}
@@ -242,7 +246,7 @@ def read_run_ledger(path: str | os.PathLike[str]) -> Ledger:
 
 
 def _write_job(directory: Path, job: Mapping[str, Any]) -> None:
-    text = yaml.safe_dump(dict(job), sort_keys=False, allow_unicode=True).encode()
+    text = format_yaml(dict(job)).encode()
     path = directory / _JOB
     if not path.exists() or path.read_bytes() != text:  # a disk may take long, and other workers wait for a new lead
         write_file(path, text)

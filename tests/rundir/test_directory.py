@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from elastic_batch.errors import RunDirectoryMissing, RunDirectoryUsed
+from elastic_batch.job import parse_yaml
 from elastic_batch.rundir import (
     Commit,
     RunDirectory,
@@ -31,6 +32,13 @@ JOB = {"name": "digits", "schedule": {"strategy": "grow-batch", "milestones": ["
 
 def update(number: int, loss: float) -> dict[str, Any]:
     return {"kind": "update", "update": number, "position": 32 * number, "loss": loss}
+
+
+@pytest.mark.parametrize("name", ["1e3", "no", "12:30", "0x10", "null"])
+def test_a_job_is_written_as_job_files_are_read(name: str, tmp_path: Path) -> None:
+    with RunDirectory.create(tmp_path, {"name": name}):
+        pass
+    assert parse_yaml((tmp_path / "job.yaml").read_text(), "job.yaml") == read_job(tmp_path) == {"name": name}
 
 
 def test_a_run_leaves_its_job_its_logs_and_its_summary(tmp_path: Path) -> None:
