@@ -114,7 +114,7 @@ class CoordinatorLink:
             answer.raise_for_status()
             found = answer.json() if answer.content else {}
         # Another request may just have closed the client; what is announced may be no address.
-        except (httpx.HTTPError, httpx.InvalidURL, RuntimeError, ValueError, TypeError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, RuntimeError, ValueError) as error:
             await self.close()  # it may have moved
             raise CoordinatorAway(str(error) or type(error).__name__) from error
         return found if isinstance(found, dict) else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -51,17 +52,23 @@ class NurseryLink:
         self._unread = b""
 
     async def start(self) -> None:
-        """Start the nursery. It may be asked for workers at once, and bears them when it has imported."""
-        self._socket, theirs = socket.socketpair()
-        with theirs:
+        """Start the nursery. It may be asked for workers at once, and bears them when it has imported.
+
+        Raises:
+            OSError: There can be no further process.
+        """
+        ours, theirs = socket.socketpair()
+        with contextlib.ExitStack() as unless_started, theirs:
+            unless_started.enter_context(ours)
             number = theirs.fileno()
             arguments = [str(number), str(os.getpid()), *self._modules]
             self._process = await start_python(_CODE, arguments, environ=self._environ, keep=[number])
-        self._unread = b""
-        asyncio.get_running_loop().add_reader(self._socket, self._read)
+            unless_started.pop_all()
+        self._socket, self._unread = ours, b""
+        asyncio.get_running_loop().add_reader(ours, self._read)
 
     def bear(self, birth: Birth, output: int) -> None:
-        """Ask for a worker; `Parent.started` follows.
+        """Ask for a worker; `Parent.started` follows, or `Parent.nursery_lost`.
 
         Args:
             birth: What it is.
@@ -90,8 +97,8 @@ class NurseryLink:
         try:
             sent = socket.send_fds(self._socket, [data], descriptors) if descriptors else 0
             self._socket.sendall(data[sent:])
-        except OSError:
-            return  # it died, which the next read tells
+        except OSError:  # it died; whoever asks is told when it has done with asking
+            asyncio.get_running_loop().call_soon(self._lose)
 
     def _read(self) -> None:
         assert self._socket is not None
@@ -102,8 +109,7 @@ class NurseryLink:
         except OSError:
             data = b""
         if not data:
-            self._hang_up()
-            self._parent.nursery_lost()
+            self._lose()
             return
         *lines, self._unread = (self._unread + data).split(b"\n")
         for line in lines:
@@ -114,6 +120,12 @@ class NurseryLink:
             self._parent.started(message["started"], message["pid"])
         else:
             self._parent.ended(message["ended"], message["pid"], message["code"])
+
+    def _lose(self) -> None:
+        """It was found dead, by reading or by writing."""
+        if self._socket is not None:
+            self._hang_up()
+            self._parent.nursery_lost()
 
     def _hang_up(self) -> None:
         if self._socket is not None:

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+logger = logging.getLogger(__name__)
 
 _LONGEST_LINE_BYTES = 1 << 16
 _LINES_IN_MEMORY = 20
 
 Show = Callable[[str], None]
 """Shows one line to whoever watches."""
+
+
+def unfailing(show: Show) -> Show:
+    """Shows lines as `show` does, and goes on where that fails: no training ends for want of a spectator."""
+    has_complained = False
+
+    def show_on(line: str) -> None:
+        nonlocal has_complained
+        try:
+            show(line)
+        except BrokenPipeError:
+            return  # whoever watched has seen enough (`| head`)
+        except Exception as error:  # a full disk under `> out.log`, a letter that a terminal does not know
+            if not has_complained:
+                has_complained = True
+                logger.warning("not all that workers print can be shown, training goes on: %s", error)
+
+    return show_on
 
 
 class OutputLog:

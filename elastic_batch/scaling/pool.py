@@ -70,6 +70,7 @@ class _Slot:
     busy: bool = False
     pid: int | None = None
     is_signalled: bool = False
+    born_at: float = 0.0
     restarts: Restarts = field(default_factory=Restarts)
     starts_at: float = 0.0
 
@@ -83,7 +84,7 @@ class Pool:
         on_exit: Is told the name of each worker whose process has ended.
 
     Attributes:
-        failure: Why the job cannot go on, once a worker has failed for good.
+        failure: Why the job cannot go on, once a worker, or what starts them, has failed for good.
         was_impossible: Whether that is because its settings are impossible.
         codes: Exit code of the last process of each slot.
         late_failures: Of workers that nobody would have started again: what they were and how they ended.
@@ -165,6 +166,9 @@ class Pool:
     async def close(self) -> None:
         """Kill what lives, show what was printed, give everything back."""
         self.retire()
+        for task in self._restarting:
+            task.cancel()
+        await asyncio.gather(*self._restarting, return_exceptions=True)
         await self._nursery.close()
         if self._readers:
             # Something that a worker has left behind may hold its output open.
@@ -177,14 +181,16 @@ class Pool:
     # What the nursery tells.
 
     def started(self, slot: str, pid: int) -> None:
-        self._slots[slot].pid = pid
+        place = self._slots[slot]
+        place.pid, place.born_at = pid, asyncio.get_running_loop().time()
 
     def ended(self, slot: str, pid: int, code: int) -> None:
         place = self._slots[slot]
         place.busy, place.pid = False, None
         self.codes[slot] = code
         self._on_exit(worker_name(pid, slot))
-        delay = place.restarts.ended(code, self._position or 0, has_trained=self._has_trained)
+        lived_seconds = asyncio.get_running_loop().time() - place.born_at
+        delay = place.restarts.ended(code, self._position or 0, lived_seconds, has_trained=self._has_trained)
         if self._size:
             self._judge(place, code, delay)
         elif code not in (0, EXIT_STOPPED) and not (code < 0 and place.is_signalled):
@@ -202,18 +208,35 @@ class Pool:
         self._lost_nurseries += 1
         if self._lost_nurseries > _MAX_LOST_NURSERIES:
             self.failure = "the process that starts workers ends again and again; what it printed is above"
+            self.retire()
             return
         self._show("the process that starts workers was lost, and they with it; starting them again")
-        self._keep(self._restarting, self._nursery.start())
+        self._keep(self._restarting, self._start_nursery_again(), self._nursery_not_started)
 
     # Inside.
 
     @staticmethod
-    def _keep(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
-        """Run something aside; the loop itself would forget it."""
+    def _keep(
+        tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None], failed: Callable[[BaseException], None]
+    ) -> None:
+        """Run something aside; the loop itself would forget it, and how it ended."""
+
+        def done(task: asyncio.Task[None]) -> None:
+            tasks.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                failed(error)
+
         task = asyncio.ensure_future(work)
         tasks.add(task)
-        task.add_done_callback(tasks.discard)
+        task.add_done_callback(done)
+
+    async def _start_nursery_again(self) -> None:
+        await asyncio.sleep(self._lost_nurseries - 1)  # what the machine is short of may come back
+        await self._nursery.start()
+
+    def _nursery_not_started(self, error: BaseException) -> None:
+        self._show(f"the process that starts workers cannot be started: {error}")
+        self.nursery_lost()
 
     def _missing(self) -> list[_Slot]:
         return [slot for slot in list(self._slots.values())[: self._size] if not slot.busy]
@@ -242,11 +265,14 @@ class Pool:
         self._nursery.bear(birth, theirs)
         os.close(theirs)
         slot.busy, slot.is_signalled = True, False
-        self._keep(self._readers, self._follow(slot, ours))
+        self._keep(self._readers, self._follow(slot, ours), lambda error: self._unread(slot, error))
 
     async def _follow(self, slot: _Slot, descriptor: int) -> None:
         await read_output(descriptor, slot.log.take)
         slot.log.end_line()
+
+    def _unread(self, slot: _Slot, error: BaseException) -> None:
+        self._show(f"what {slot.name} prints is lost from now on: {error}")
 
     def _judge(self, slot: _Slot, code: int, delay: float | None) -> None:
         """Say how a worker ended that was still wanted, and when it is started again."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
+import random
 import signal
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -11,19 +14,25 @@ from typing import Any
 
 from elastic_batch.scaling.coordinator_process import CoordinatorProcess
 from elastic_batch.scaling.link import CoordinatorAway, CoordinatorElsewhere, CoordinatorLink, Status
-from elastic_batch.scaling.output import Show
+from elastic_batch.scaling.output import Show, unfailing
 from elastic_batch.scaling.pool import Pool, PoolSettings
 from elastic_batch.scaling.restarts import EXIT_IMPOSSIBLE, EXIT_STOPPED
+
+logger = logging.getLogger(__name__)
 
 EXIT_FAILED = 1
 EXIT_KILLED = 130
 """A second Ctrl-C or SIGTERM."""
 _POLL_SECONDS = 0.2
 """A warm worker waits already when one more is wanted, so this delays none."""
+_FAR_POLL_SECONDS = 2.0
+"""The same of a coordinator elsewhere, which hundreds of machines may ask."""
 _OUTSIDER_SECONDS = 2.0
 """For workers outside the world to hear that the run is over; those in it take the time they need."""
 _KILL_SECONDS = 10.0
-_AWAY_SECONDS = 5.0
+_SAVING_SECONDS = 600.0
+"""For those in the world, where the job has failed: they may be saving their state."""
+_AWAY_SECONDS = 10.0
 """Without an answer, when all workers of this machine ended well, the coordinator counts as gone."""
 _HOPELESS_SECONDS = 1800.0
 """The same when some did not: it may return and want others. Workers themselves wait as long for it."""
@@ -62,15 +71,16 @@ class Supervisor:
     def __init__(self, settings: SupervisorSettings, link: CoordinatorLink, show: Show) -> None:
         self._settings = settings
         self._link = link
-        self._show = show
+        self._show = show = unfailing(show)
         self._pool = Pool(settings.pool, show, self._worker_exited)
         self._coordinator: CoordinatorProcess | None = None
         if settings.coordinator is not None and settings.log_dir is not None:
-            self._coordinator = CoordinatorProcess(settings.coordinator, show, settings.log_dir)
+            self._coordinator = CoordinatorProcess(settings.coordinator, show, settings.log_dir, self._trains_here)
         self._status = Status()
         self._members: set[str] = set()  # of the newest world: their users' code may go on when training is over
         self._generation = -1
         self._heard_at = 0.0
+        self._ask_now = asyncio.Event()
         self._verdict: int | None = None
         self._stop: str | None = None
         self._killed = asyncio.Event()
@@ -98,21 +108,34 @@ class Supervisor:
             self._do_aside(self._follow_coordinator(self._coordinator))
         self._do_aside(self._follow_status())
         self._pool.resize(self._settings.num_workers + self._settings.warm)
-        while self._verdict is None and self._pool.failure is None:
+        while self._is_going_on:
             await self._pool.wait_for_change(_POLL_SECONDS)
             self._conclude_without_coordinator()
         if self._pool.failure is not None and self._verdict is None:
             self._show(self._pool.failure)
-            self._verdict = EXIT_IMPOSSIBLE if self._pool.was_impossible else EXIT_FAILED
+            self._conclude(EXIT_IMPOSSIBLE if self._pool.was_impossible else EXIT_FAILED)
         await self._dismiss()
         for failure in self._pool.late_failures:
             self._show(f"training is over, but {failure}")
         return self._verdict or (EXIT_FAILED if self._pool.late_failures else 0)
 
+    def _conclude(self, verdict: int) -> None:
+        """End the job so, unless that is settled."""
+        if self._verdict is None:
+            self._verdict = verdict
+
+    @property
+    def _is_going_on(self) -> bool:
+        return self._verdict is None and self._pool.failure is None
+
+    def _trains_here(self) -> bool:
+        """Whether workers of the newest known world live on this machine."""
+        return not self._pool.workers.isdisjoint(self._members)
+
     # The coordinator.
 
     async def _follow_coordinator(self, coordinator: CoordinatorProcess) -> None:
-        self._verdict = await coordinator.run()
+        self._conclude(await coordinator.run())
 
     async def _follow_status(self) -> None:
         shown = ""
@@ -122,17 +145,34 @@ class Supervisor:
             except CoordinatorAway as error:
                 if isinstance(error, CoordinatorElsewhere) and self._coordinator is None:
                     self._show(f"Error: {error}")
-                    self._verdict = EXIT_IMPOSSIBLE
+                    self._conclude(EXIT_IMPOSSIBLE)
                     return
-                # It may have gone with the end of the job, which its workers have heard: none is replaced now.
-                self._pool.hold(self._coordinator is None)
-                await asyncio.sleep(_POLL_SECONDS)
-                continue
-            self._pool.hold(False)
-            self._heard_at = asyncio.get_running_loop().time()
-            self._take_status()
-            shown = self._show_world(shown)
+                self._miss_coordinator()
+            else:
+                self._pool.hold(False)
+                self._heard_at = asyncio.get_running_loop().time()
+                self._take_status()
+                shown = self._show_world(shown)
+            await self._until_next_question()
+
+    async def _until_next_question(self) -> None:
+        if self._coordinator is not None:
             await asyncio.sleep(_POLL_SECONDS)
+            return
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._ask_now.wait(), _FAR_POLL_SECONDS * random.uniform(0.8, 1.2))
+        self._ask_now.clear()
+
+    def _miss_coordinator(self) -> None:
+        if self._coordinator is not None:
+            self._coordinator.unanswered()
+            return
+        # It may have gone with the end of the job, which its workers have heard: none is replaced now.
+        self._pool.hold(True)
+        # What is announced before it has ever answered may be of an earlier coordinator.
+        if self._status and (ended := self._link.announced_end()) is not None:
+            self._status["ended"] = ended
+            self._pool.retire()
 
     def _take_status(self) -> None:
         position = self._status.position
@@ -141,11 +181,11 @@ class Supervisor:
         self._members |= self._status.members
         self._pool.progressed(position, self._members)
         if self._coordinator is not None:
-            self._coordinator.progressed(position)
-        if self._settings.follows_demand and self._stop is None and self._status.get("ended") is None:
-            self._pool.resize(self._status.wanted + self._settings.warm)
-        if self._status.get("ended") is not None:
+            self._coordinator.answered(position)
+        if self._status.is_over:
             self._pool.retire()
+        elif self._settings.follows_demand and self._stop is None and self._is_going_on:
+            self._pool.resize(self._status.wanted + self._settings.warm)
 
     def _show_world(self, shown: str) -> str:
         status = self._status
@@ -156,6 +196,7 @@ class Supervisor:
         return shown
 
     def _worker_exited(self, worker: str) -> None:
+        self._ask_now.set()  # the coordinator may end with the job, and then tells nobody
         self._do_aside(self._tell_exit(worker))
 
     async def _tell_exit(self, worker: str) -> None:
@@ -166,15 +207,18 @@ class Supervisor:
 
     def _conclude_without_coordinator(self) -> None:
         """Where the coordinator runs elsewhere, this machine's part is over when its workers are and it says so."""
-        if self._coordinator is not None or self._verdict is not None:
+        codes = set(self._pool.codes.values())
+        if self._coordinator is not None or not self._pool.is_empty or not codes:
             return
-        now = asyncio.get_running_loop().time()
-        is_over = self._status.get("ended") is not None or self._stop is not None
-        codes, away = set(self._pool.codes.values()), now - self._heard_at
+        away = asyncio.get_running_loop().time() - self._heard_at
         ended_well = codes <= {0, EXIT_STOPPED}
-        is_gone = away > (_AWAY_SECONDS if ended_well else _HOPELESS_SECONDS)
-        if self._pool.is_empty and codes and (is_over or is_gone):
-            self._verdict = max(codes) and EXIT_STOPPED if is_over or ended_well else EXIT_FAILED
+        if self._status.is_complete:
+            self._conclude(0)
+        elif self._status.is_over or self._stop is not None:
+            self._conclude(EXIT_STOPPED)
+        elif away > (_AWAY_SECONDS if ended_well else _HOPELESS_SECONDS):
+            # Only a worker that heard of the job's end ends with 0.
+            self._conclude(EXIT_FAILED if not ended_well else 0 if 0 in codes else EXIT_STOPPED)
 
     # The end.
 
@@ -198,7 +242,7 @@ class Supervisor:
                 await self._link.stop(reason)
                 await self._until_empty(None)
                 await asyncio.sleep(_OUTSIDER_SECONDS)  # for the coordinator's own word
-                self._verdict = EXIT_STOPPED
+                self._conclude(EXIT_STOPPED)
             except CoordinatorAway:
                 self._show("the coordinator is away: every worker is told to leave")
             else:
@@ -206,7 +250,7 @@ class Supervisor:
         # All leave at one boundary, the last ones with a checkpoint.
         self._pool.signal(signal.SIGTERM)
         await self._until_empty(None)
-        self._verdict = EXIT_STOPPED
+        self._conclude(EXIT_STOPPED)
 
     async def _dismiss(self) -> None:
         """Let every worker end: at once, or when it is done where it takes part in the end of the run."""
@@ -214,17 +258,23 @@ class Supervisor:
         if self._verdict in (0, EXIT_STOPPED):
             await self._until_empty(_OUTSIDER_SECONDS)
             self._pool.signal(signal.SIGTERM, but=self._members)
-            while self._pool.workers & self._members:
-                await self._pool.wait_for_change(_POLL_SECONDS)
+            await self._wait_while(self._trains_here, None)
             await self._until_empty(_KILL_SECONDS)
         else:
             self._pool.signal(signal.SIGTERM)
             await self._until_empty(_KILL_SECONDS)
+            if self._trains_here():
+                self._show("workers may be saving their state, which is waited for; Ctrl-C twice kills them")
+                await self._wait_while(self._trains_here, _SAVING_SECONDS)
 
     async def _until_empty(self, seconds: float | None) -> None:
+        await self._wait_while(lambda: not self._pool.is_empty, seconds)
+
+    async def _wait_while(self, condition: Callable[[], bool], seconds: float | None) -> None:
+        """Wait for so long at most; None: as long as it takes."""
         loop = asyncio.get_running_loop()
         until = None if seconds is None else loop.time() + seconds
-        while not self._pool.is_empty and (until is None or loop.time() < until):
+        while condition() and (until is None or loop.time() < until):
             await self._pool.wait_for_change(_POLL_SECONDS)
 
     async def _end(self, *tasks: asyncio.Task[Any]) -> None:
@@ -238,9 +288,16 @@ class Supervisor:
         await self._link.close()
 
     def _do_aside(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something beside the rest, which cannot go on without it."""
         task = asyncio.ensure_future(work)
         self._aside.add(task)
-        task.add_done_callback(self._aside.discard)
+        task.add_done_callback(self._did_aside)
+
+    def _did_aside(self, task: asyncio.Task[Any]) -> None:
+        self._aside.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("an error that should not happen ends the job on this machine", exc_info=error)
+            self._conclude(EXIT_FAILED)
 
 
 def supervise(settings: SupervisorSettings, link: CoordinatorLink, show: Callable[[str], None]) -> int:

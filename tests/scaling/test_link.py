@@ -93,6 +93,28 @@ def test_nobody_there_and_a_wrong_token_are_the_same_to_a_supervisor(url: str, t
         ask(CoordinatorLink(url=url, token_file=tmp_path / "token"), "status")
 
 
+@pytest.mark.parametrize("url", ["http://[", "http://a b:c"])
+def test_an_address_that_is_none_is_a_coordinator_that_is_away(url: str, tmp_path: Path) -> None:
+    (tmp_path / "coordinator.json").write_text(json.dumps({"url": url, "token": "secret"}))
+    with pytest.raises(CoordinatorAway):
+        ask(CoordinatorLink(run_dir=tmp_path), "status")
+
+
+def test_the_end_of_a_run_is_announced_or_not(tmp_path: Path) -> None:
+    link = CoordinatorLink(run_dir=tmp_path)
+    found = []
+    for announced in (None, {"token": "secret"}, {"token": "secret", "ended": "stopped: SIGINT"}):
+        if announced is not None:
+            (tmp_path / "coordinator.json").write_text(json.dumps(announced))
+        found.append(link.announced_end())
+    assert found == [None, None, "stopped: SIGINT"]
+
+
+def test_a_run_that_was_stopped_is_over_and_not_complete() -> None:
+    stands = [Status(ended=ended) for ended in (None, "stopped: SIGINT", "the job is complete")]
+    assert [(status.is_over, status.is_complete) for status in stands] == [(False, False), (True, False), (True, True)]
+
+
 def test_those_in_the_world_are_told_from_those_outside() -> None:
     states = ("joining", "standby", "spare", "active", "draining", "gone", "lost", "cooling down")
     workers = [{"name": state, "state": state} for state in states]

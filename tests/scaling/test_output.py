@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from elastic_batch.scaling.output import OutputLog
+import pytest
+
+from elastic_batch.scaling.output import OutputLog, unfailing
 
 
 def shown_of(*pieces: bytes) -> list[str]:
@@ -53,3 +55,26 @@ def test_a_full_disk_ends_the_log_and_nothing_else() -> None:
     log.take(b"a\n")
     log.take(b"b\n")
     assert [shown[0][:35], *shown[1:]] == ["[local-2] its log is no longer kept", "[local-2] a", "[local-2] b"]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_told"),
+    [
+        (OSError(28, "No space left on device"), True),
+        (UnicodeEncodeError("ascii", "\u2026", 0, 1, "not in range"), True),
+        (BrokenPipeError(), False),
+    ],
+)
+def test_what_cannot_be_shown_is_complained_of_once_and_reading_goes_on(
+    error: Exception, is_told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    shown: list[str] = []
+
+    def fail_twice(line: str) -> None:
+        if not line.endswith("c"):
+            raise error
+        shown.append(line)
+
+    OutputLog("local-2", unfailing(fail_twice), None).take(b"a\nb\nc\n")
+    assert shown == ["[local-2] c"]
+    assert len(caplog.records) == is_told

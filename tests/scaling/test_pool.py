@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 from support.supervision import NAME, SLOT, in_pool, is_alive, pool_settings, until, write_script
 
+from elastic_batch.scaling import nursery_link
+from elastic_batch.scaling import pool as pool_module
 from elastic_batch.scaling.nursery import worker_name
 from elastic_batch.scaling.pool import Pool
+from elastic_batch.scaling.processes import start_python
 
 SLEEP = "import time\ntime.sleep(100)\n"
 TELL = f"""
@@ -28,6 +36,10 @@ print(json.dumps(known))
 
 def pids(pool: Pool) -> list[int]:
     return [int(name.split("-")[-3]) for name in sorted(pool.workers)]
+
+
+def nursery_of(pool: Pool) -> int:
+    return int(Path(f"/proc/{pids(pool)[0]}/stat").read_text().split(") ")[1].split()[1])
 
 
 def test_a_worker_is_as_python_would_have_it(tmp_path: Path) -> None:
@@ -139,10 +151,86 @@ def test_all_come_back_when_the_process_that_bears_them_dies(tmp_path: Path) -> 
     async def scenario(pool: Pool) -> None:
         pool.resize(2)
         await until(pool, lambda: len(pool.workers) == 2)
-        first, nursery = pool.workers, int(Path(f"/proc/{pids(pool)[0]}/stat").read_text().split(") ")[1].split()[1])
-        os.kill(nursery, signal.SIGKILL)
+        first = pool.workers
+        os.kill(nursery_of(pool), signal.SIGKILL)
         await until(pool, lambda: len(pool.workers - first) == 2)
         assert not any(is_alive(int(name.split("-")[-3])) for name in first)
 
     _, ended = in_pool(pool_settings(write_script(tmp_path, SLEEP)), scenario)
     assert len(ended) >= 2
+
+
+def fail_to_start(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> None:
+    """Let starts of processes that bear workers fail, as told by their number."""
+    starts = iter(range(100))
+
+    async def start_or_fail(*arguments: Any, **fields: Any) -> asyncio.subprocess.Process:
+        if fails(next(starts)):
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return await start_python(*arguments, **fields)
+
+    monkeypatch.setattr(nursery_link, "start_python", start_or_fail)
+
+
+def test_a_process_that_bears_workers_is_started_later_if_there_can_be_none_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_to_start(monkeypatch, lambda number: number == 1)
+
+    async def scenario(pool: Pool) -> None:
+        pool.resize(1)
+        await until(pool, lambda: len(pool.workers) == 1)
+        first = pool.workers
+        os.kill(nursery_of(pool), signal.SIGKILL)
+        await until(pool, lambda: len(pool.workers - first) == 1)
+
+    shown, _ = in_pool(pool_settings(write_script(tmp_path, SLEEP)), scenario)
+    assert any("cannot be started: [Errno 11] Resource temporarily unavailable" in line for line in shown)
+
+
+def test_the_job_fails_if_no_process_that_bears_workers_can_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_to_start(monkeypatch, lambda number: number > 0)
+    monkeypatch.setattr(pool_module, "_MAX_LOST_NURSERIES", 1)
+
+    async def scenario(pool: Pool) -> None:
+        pool.resize(1)
+        await until(pool, lambda: len(pool.workers) == 1)
+        os.kill(nursery_of(pool), signal.SIGKILL)
+        await until(pool, lambda: pool.failure is not None)
+        await pool.wait_for_change(0.0)
+        assert pool.is_empty
+
+    in_pool(pool_settings(write_script(tmp_path, SLEEP)), scenario)
+
+
+def test_a_dead_process_that_bears_workers_is_noticed_by_asking_it(tmp_path: Path) -> None:
+    async def scenario(pool: Pool) -> None:
+        pool.resize(1)
+        await until(pool, lambda: len(pool.workers) == 1)
+        first, nursery = pool.workers, nursery_of(pool)
+        assert pool._nursery._socket is not None
+        asyncio.get_running_loop().remove_reader(pool._nursery._socket)
+        os.kill(nursery, signal.SIGKILL)
+        while is_alive(nursery):
+            time.sleep(0.01)
+        pool.resize(2)
+        await until(pool, lambda: len(pool.workers - first) == 2)
+
+    in_pool(pool_settings(write_script(tmp_path, SLEEP)), scenario)
+
+
+def test_output_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(descriptor: int, _: object) -> None:
+        os.close(descriptor)
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(pool_module, "read_output", fail)
+
+    async def scenario(pool: Pool) -> None:
+        pool.resize(1)
+        await until(pool, lambda: len(pool.workers) == 1)
+
+    shown, _ = in_pool(pool_settings(write_script(tmp_path, SLEEP)), scenario)
+    assert shown == ["what local-0 prints is lost from now on: [Errno 24] Too many open files"]

@@ -9,7 +9,7 @@ from elastic_batch.scaling.restarts import EXIT_IMPOSSIBLE, EXIT_STOPPED, Restar
 
 def ends(codes: list[int], position: int = 0) -> list[float | None]:
     slot = Restarts()
-    return [slot.ended(code, position, has_trained=position > 0) for code in codes]
+    return [slot.ended(code, position, 1.0, has_trained=position > 0) for code in codes]
 
 
 def test_a_killed_worker_is_replaced_at_once_and_never_given_up() -> None:
@@ -25,7 +25,21 @@ def test_a_program_that_fails_four_times_without_progress_has_failed() -> None:
 
 def test_progress_forgives() -> None:
     slot = Restarts()
-    assert None not in [slot.ended(1, position, has_trained=position > 0) for position in range(10)]
+    delays = [slot.ended(1, position, 1.0, has_trained=position > 0) for position in range(10)]
+    assert None not in delays
+    assert delays[-1] == 5.0, "others make progress while this slot fails at its start"
+
+
+def test_a_process_that_lived_long_is_replaced_soon() -> None:
+    slot = Restarts()
+    lives = (1.0, 1.0, 1.0, 60.0, 1.0)
+    assert [slot.ended(1, position, seconds, has_trained=True) for position, seconds in enumerate(lives)] == [
+        0.1,
+        0.2,
+        0.4,
+        0.1,
+        0.2,
+    ]
 
 
 def test_impossible_settings_are_final_at_once_unless_they_were_possible_before() -> None:

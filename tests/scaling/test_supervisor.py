@@ -15,8 +15,9 @@ import pytest
 from support import supervision
 from support.supervision import FakeLink, is_alive, supervisor_settings, write_script
 
+from elastic_batch.scaling import coordinator_process
 from elastic_batch.scaling import supervisor as supervisor_module
-from elastic_batch.scaling.link import CoordinatorLink
+from elastic_batch.scaling.link import CoordinatorLink, Status
 from elastic_batch.scaling.supervisor import Supervisor, SupervisorSettings, supervise
 
 SLEEP = "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(100)\n"
@@ -158,13 +159,17 @@ def test_a_worker_that_fell_out_of_the_world_is_not_waited_for_at_the_end(
     assert asyncio.run(run()) == 0
 
 
-def test_more_workers_are_started_when_more_are_wanted_and_one_is_kept_warm(tmp_path: Path) -> None:
+def test_more_workers_are_started_when_more_are_wanted_and_one_is_kept_warm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     link = FakeLink({"desired_workers": 1})
     base = supervisor_settings(write_script(tmp_path, SLEEP))
     settings = SupervisorSettings(
         pool=supervision.pool_settings(tmp_path / "script.py", 4), num_workers=1, warm=1, follows_demand=True
     )
     assert base.warm == 0
+
+    monkeypatch.setattr(supervisor_module, "_FAR_POLL_SECONDS", 0.1)
 
     async def run() -> list[int]:
         supervisor = Supervisor(settings, link, lambda _: None)
@@ -192,6 +197,70 @@ def test_a_failing_program_ends_the_job_with_1_and_says_what_it_printed(tmp_path
     assert "ValueError: bad luck" in report
 
 
+def test_workers_of_the_world_may_save_at_leisure_when_the_program_has_failed_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "_KILL_SECONDS", 0.1)
+    text = (
+        "import os, signal, sys, time\n"
+        "if os.environ['SLOT'] == 'local-1':\n    sys.exit(1)\n"
+        "def save(*_):\n    time.sleep(0.5)\n    print('saved')\n    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, save)\ntime.sleep(99)\n"
+    )
+    shown: list[str] = []
+    link = FakeLink({"workers": []})
+
+    async def run() -> int:
+        supervisor = Supervisor(supervisor_settings(write_script(tmp_path, text)), link, shown.append)
+        working = asyncio.ensure_future(supervisor.run())
+        while not supervisor._pool.workers:
+            await asyncio.sleep(0.01)
+        names = supervisor._pool.workers
+        link.now = {"workers": [{"name": name, "state": "active"} for name in names if name.endswith("local-0")]}
+        return await asyncio.wait_for(working, 30)
+
+    assert asyncio.run(run()) == 1
+    assert "[local-0] saved" in shown
+
+
+def test_an_error_beside_the_rest_ends_the_job(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class BrokenLink(FakeLink):
+        async def status(self) -> Status:
+            raise ZeroDivisionError("a mistake of ours")
+
+    assert supervise(supervisor_settings(write_script(tmp_path, SLEEP)), BrokenLink(), lambda _: None) == 1
+    assert "a mistake of ours" in caplog.text
+
+
+def test_workers_live_on_when_what_they_print_cannot_be_shown(tmp_path: Path) -> None:
+    def fail(line: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    script = write_script(tmp_path, "import time\nfor _ in range(9):\n    print('x')\n    time.sleep(0.02)\n")
+    assert supervise(supervisor_settings(script), FakeLink({"ended": "the job is complete"}), fail) == 0
+    assert (tmp_path / "logs" / "local-0.log").read_text() == "x\n" * 9
+
+
+def test_a_coordinator_that_hangs_is_killed_and_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coordinator_process, "_SILENT_SECONDS", 0.1)
+    counter = tmp_path / "starts"
+    code = f"import os, time; os.path.exists({str(counter)!r}) and sys.exit(75); open({str(counter)!r}, 'w'); "
+    monkeypatch.setattr(coordinator_process, "_CODE", code + "time.sleep(99)")
+    link = FakeLink({"workers": []})
+
+    async def run() -> int:
+        working = asyncio.ensure_future(
+            Supervisor(supervisor_settings(write_script(tmp_path, SLEEP), ("x",)), link, lambda _: None).run()
+        )
+        while not counter.exists():
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)
+        link.now = None
+        return await asyncio.wait_for(working, 30)
+
+    assert asyncio.run(run()) == 75
+
+
 def test_where_the_coordinator_is_elsewhere_the_part_ends_with_the_job(tmp_path: Path) -> None:
     link = FakeLink({"ended": "the job is complete"})
     assert supervise(supervisor_settings(write_script(tmp_path, "pass\n")), link, lambda _: None) == 0
@@ -199,10 +268,61 @@ def test_where_the_coordinator_is_elsewhere_the_part_ends_with_the_job(tmp_path:
     assert supervise(supervisor_settings(script), FakeLink({"ended": "stopped: SIGINT"}), lambda _: None) == 75
 
 
+@pytest.mark.parametrize(
+    ("ended", "codes", "expected"),
+    [
+        ("the job is complete", (75, 0), 0),
+        ("the job is complete", (1, 0), 1),
+        ("stopped: SIGINT", (75, 0), 75),
+        ("stopped: SIGINT", (0, 0), 75),
+        (None, (75, 0), 0),
+        (None, (75, 75), 75),
+    ],
+)
+def test_the_exit_code_where_the_coordinator_is_elsewhere(
+    ended: str | None, codes: tuple[int, int], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "_AWAY_SECONDS", 0.8)
+    script = write_script(tmp_path, f"import os, sys\nsys.exit({codes}[os.environ['SLOT'] == 'local-1'])\n")
+    link = FakeLink({"ended": ended} if ended else None)
+    assert supervise(supervisor_settings(script), link, lambda _: None) == expected
+
+
+def test_what_a_coordinator_elsewhere_announced_of_the_end_counts_when_it_has_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = FakeLink({"phase": "running"})
+    monkeypatch.setattr(link, "announced_end", lambda: "stopped: SIGINT")
+    settings = supervisor_settings(write_script(tmp_path, "import sys, time\ntime.sleep(0.5)\nsys.exit(1)\n"))
+
+    async def run() -> int:
+        working = asyncio.ensure_future(Supervisor(settings, link, lambda _: None).run())
+        await asyncio.sleep(0.3)
+        link.now = None
+        return await asyncio.wait_for(working, 30)
+
+    assert asyncio.run(run()) == 75
+
+
+def test_a_coordinator_elsewhere_is_asked_seldom_but_at_once_when_a_worker_has_ended(tmp_path: Path) -> None:
+    link = FakeLink({"phase": "running"})
+    settings = supervisor_settings(write_script(tmp_path, "import time\ntime.sleep(1.2)\n"))
+
+    async def run() -> int:
+        working = asyncio.ensure_future(Supervisor(settings, link, lambda _: None).run())
+        await asyncio.sleep(1.0)
+        assert link.num_asked == 1
+        link.now = {"ended": "the job is complete"}
+        return await asyncio.wait_for(working, 1.5)
+
+    assert asyncio.run(run()) == 0
+
+
 def test_workers_that_ended_well_are_not_replaced_when_the_coordinator_elsewhere_has_gone_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor_module, "_AWAY_SECONDS", 1.5)
+    monkeypatch.setattr(supervisor_module, "_FAR_POLL_SECONDS", 60.0)  # a worker's end is reason enough to ask
     shown: list[str] = []
     settings = supervisor_settings(write_script(tmp_path, "print('trained')\n"))
     assert supervise(settings, FakeLink(), shown.append) == 0

@@ -27,14 +27,17 @@ class FakeLink(CoordinatorLink):
     Attributes:
         now: What `status` gives; None: it does not answer.
         told: What it was told.
+        num_asked: How often it was asked how things stand.
     """
 
     def __init__(self, now: dict[str, Any] | None = None) -> None:
         super().__init__(url="http://127.0.0.1:1")
         self.now = now
         self.told: list[str] = []
+        self.num_asked = 0
 
     async def status(self) -> Status:
+        self.num_asked += 1
         if self.now is None:
             raise CoordinatorAway("not there")
         return Status(self.now)
