@@ -4,6 +4,7 @@ from elastic_batch.data.nested import to_device
 from elastic_batch.data.opening import count_samples, open_source
 from elastic_batch.data.process import WorkerInit
 from elastic_batch.data.source import BatchSource, PassRequest
+from elastic_batch.data.workers import iterate
 from elastic_batch.errors import CannotFuse, DataError
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "PassRequest",
     "WorkerInit",
     "count_samples",
+    "iterate",
     "open_source",
     "to_device",
 ]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -15,7 +13,9 @@ from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
+from torch._C import _remove_worker_pids
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from elastic_batch.data.fetch import Fetcher
 from elastic_batch.data.finish import Finisher
@@ -27,6 +27,19 @@ from elastic_batch.errors import DataError
 
 _POLL_SECONDS = 0.2  # how soon a dead worker is noticed
 _GRACE_SECONDS = 2.0  # for workers to finish their sample when the source is closed
+
+
+def iterate(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Iterate over a DataLoader such that a worker's death is noticed at the next batch, and never before.
+
+    Torch handles the signal that a child has ended, for all DataLoaders of a process. It raises in the middle of
+    anything, of a commit say, if a worker that it was told of has died.
+    """
+    iterator = iter(loader)
+    if isinstance(iterator, _MultiProcessingDataLoaderIter):
+        _remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False  # or it would remove them at its end
+    return iterator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,8 +151,7 @@ class _Pool:
             persistent_workers=True,
         )
         others = set(multiprocessing.active_children())
-        with _child_signal_untouched():
-            self._iterator: Iterator[Delivery] | None = iter(loader)
+        self._iterator: Iterator[Delivery] | None = iterate(loader)
         self._processes = [child for child in multiprocessing.active_children() if child not in others]
         # Runs when the interpreter exits, before multiprocessing waits for children that ignore its signal.
         self._at_exit = Finalize(self, _kill, args=(self._processes,), exitpriority=100)
@@ -197,19 +209,6 @@ def _kill(processes: Sequence[BaseProcess]) -> None:
         process.kill()
     for process in processes:
         process.join(_GRACE_SECONDS)
-
-
-@contextmanager
-def _child_signal_untouched() -> Iterator[None]:
-    """Undo the handler that the DataLoader installs: it raises in the middle of anything when a worker dies.
-
-    The death is noticed at the next batch instead, where it means one failed update.
-    """
-    previous = signal.getsignal(signal.SIGCHLD)
-    yield
-    is_main = threading.current_thread() is threading.main_thread()
-    if is_main and previous is not None and signal.getsignal(signal.SIGCHLD) is not previous:
-        signal.signal(signal.SIGCHLD, previous)
 
 
 def _as_it_is(delivery: Any) -> Any:

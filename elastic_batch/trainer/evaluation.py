@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from elastic_batch.data import WorkerInit, to_device
+from elastic_batch.data import WorkerInit, iterate, to_device
 from elastic_batch.engines import Engine
 from elastic_batch.errors import MisusedTrainer, WorkerFailed
 from elastic_batch.shares import share
@@ -80,7 +80,7 @@ def evaluate(
     error: Exception | None = None
     try:
         with _evaluating(model):
-            for batch in loader:
+            for batch in iterate(loader):
                 for name, pair in _named(measure(model, to_device(batch, device))).items():
                     totals[name] = totals.get(name, 0) + _as_tensor(pair, device) * counts
     except Exception as caught:

@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 import torch
 from support.samples import Draws, Troubled, read, requests
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from elastic_batch.data import BatchSource, DataError, PassRequest, open_source
+from elastic_batch.data import BatchSource, DataError, PassRequest, iterate, open_source
 from elastic_batch.stream import SampleStream
 
 STREAM = SampleStream(64, 2)
@@ -135,7 +135,6 @@ def test_an_error_of_the_requests_is_raised_as_it_is() -> None:
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_worker_is_told_and_replaced_at_the_next_start(tmp_path: Path, victim: int) -> None:
     dataset = Troubled(tmp_path)
-    handler = signal.getsignal(signal.SIGCHLD)
     with closing(open_workers(dataset)) as source:
         source.start(requests(100))
         for _ in range(8):
@@ -152,7 +151,42 @@ def test_a_killed_worker_is_told_and_replaced_at_the_next_start(tmp_path: Path, 
         assert flat(read(source, 8, start=32)) == expected(32, 64)
         assert not dataset.pids & old - {killed} or all(map(is_gone, old))
         assert len(dataset.pids) == 4
-    assert signal.getsignal(signal.SIGCHLD) is handler
+
+
+@pytest.fixture
+def torch_listens(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A DataLoader of the user's has had workers: torch's handler is in force."""
+    before = signal.getsignal(signal.SIGCHLD)
+    monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False)
+    assert len(list(DataLoader(Draws(4), num_workers=1))) == 4
+    assert signal.getsignal(signal.SIGCHLD) is not before
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.usefixtures("torch_listens")
+def test_a_killed_worker_raises_nothing_before_its_batch_is_asked_for(tmp_path: Path) -> None:
+    dataset = Troubled(tmp_path)
+    with closing(open_workers(dataset)) as source:
+        source.start(requests(100))
+        source.next()
+        for pid in dataset.pids:
+            os.kill(pid, signal.SIGKILL)
+        assert wait_until(lambda: all(map(is_gone, dataset.pids)), 5)
+        time.sleep(0.1)  # where signals are heard
+        with pytest.raises(DataError, match="a data worker died"):
+            drain(source)
+
+
+@pytest.mark.usefixtures("torch_listens")
+def test_other_loaders_can_be_iterated_over_alike() -> None:
+    batches = iterate(DataLoader(Draws(8), num_workers=1, prefetch_factor=1))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    assert wait_until(lambda: not worker.is_alive(), 5)
+    time.sleep(0.1)
+    assert len(list(iterate(DataLoader(Draws(8))))) == 8
 
 
 def test_a_sample_that_kills_its_worker_is_told_by_its_position(tmp_path: Path) -> None:
@@ -272,7 +306,7 @@ SLOW = pytest.mark.soak  # every such worker imports torch anew
 SCRIPT = textwrap.dedent("""
     import sys
     import torch
-    from torch.utils.data import Dataset
+    from torch.utils.data import DataLoader, Dataset
     from elastic_batch.data import PassRequest, open_source
     from elastic_batch.stream import SampleStream
 

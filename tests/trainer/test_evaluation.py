@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import multiprocessing
+import signal
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.evaluations import evaluate_classes
 from support.jobs import TOKENS
 from support.training import Plan, make_trainer
 from support.worlds import run_world
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from elastic_batch.engines import FixedWorld, SoloEngine
+from elastic_batch.errors import WorkerFailed
 from elastic_batch.rundir import read_evaluations
-from elastic_batch.trainer.evaluation import Measure
+from elastic_batch.trainer.evaluation import Measure, evaluate
 
 
 def share_of_halves(model: nn.Module, batch: Any) -> tuple[float, float]:
@@ -63,3 +69,32 @@ def test_other_names_on_another_worker_are_refused_on_all() -> None:
 def test_a_mean_of_nothing_is_not_a_number() -> None:
     with make_trainer(Plan(TOKENS, owns_loop=True), FixedWorld(SoloEngine())) as trainer:
         assert math.isnan(trainer.evaluate(trainer._train_set, lambda *_: (0.0, 0)))
+
+
+@pytest.fixture
+def _signals_of_children_are_torch_s(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The next DataLoader with workers installs torch's handler."""
+    before = signal.getsignal(signal.SIGCHLD)
+    monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False)
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.usefixtures("_signals_of_children_are_torch_s")
+def test_a_worker_s_death_waits_for_the_next_batch() -> None:
+    gone_on = []
+
+    def measure(model: nn.Module, batch: Any) -> tuple[float, float]:
+        (worker,) = multiprocessing.active_children()
+        worker.kill()
+        worker.join()
+        time.sleep(0.1)  # where signals are heard
+        gone_on.append(True)
+        return 1.0, 1.0
+
+    samples = TensorDataset(torch.zeros(8, 1))
+    with pytest.raises(WorkerFailed, match="the evaluation failed"):
+        evaluate(
+            SoloEngine(), nn.Linear(1, 1), samples, measure, device=torch.device("cpu"), batch_size=4, num_workers=1
+        )
+    assert gone_on == [True]
