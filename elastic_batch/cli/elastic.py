@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -139,7 +138,7 @@ def run_job(
         ),
         log_dir=directory / LOGS,
     )
-    return supervise(settings, CoordinatorLink(run_dir=directory), _unless_broken(show))
+    return supervise(settings, CoordinatorLink(run_dir=directory), show)
 
 
 def join_job(
@@ -177,7 +176,7 @@ def join_job(
         pool=_pool(program, slots, gpus, {**environ, **variables}, directory), num_workers=num_workers
     )
     link = CoordinatorLink(url=url, token_file=token_file, run_dir=directory)
-    return supervise(settings, link, _unless_broken(click.echo))
+    return supervise(settings, link, click.echo)
 
 
 def say_how_it_ended(code: int, again: str, run_dir: Path | None) -> None:
@@ -203,12 +202,3 @@ def _pool(
         name_variable=_NAME,
         log_dir=run_dir / LOGS if run_dir is not None else None,
     )
-
-
-def _unless_broken(show: Show) -> Show:
-    def show_on(line: str) -> None:
-        # Whoever watched may have seen enough (`| head`); the logs have it all.
-        with contextlib.suppress(BrokenPipeError):
-            show(line)
-
-    return show_on

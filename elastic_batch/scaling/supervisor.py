@@ -115,8 +115,9 @@ class Supervisor:
             self._show(self._pool.failure)
             self._conclude(EXIT_IMPOSSIBLE if self._pool.was_impossible else EXIT_FAILED)
         await self._dismiss()
-        for failure in self._pool.late_failures:
-            self._show(f"training is over, but {failure}")
+        if self._verdict in (0, EXIT_STOPPED):
+            for failure in self._pool.late_failures:
+                self._show(f"training is over, but {failure}")
         return self._verdict or (EXIT_FAILED if self._pool.late_failures else 0)
 
     def _conclude(self, verdict: int) -> None:

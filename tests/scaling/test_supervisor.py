@@ -349,6 +349,15 @@ def test_settings_that_are_impossible_end_the_job_at_once_with_2_and_one_message
     ]
 
 
+def test_of_several_workers_whose_settings_are_impossible_one_is_told_of(tmp_path: Path) -> None:
+    shown: list[str] = []
+    assert (
+        supervise(supervisor_settings(write_script(tmp_path, "import sys\nsys.exit(2)\n")), FakeLink({}), shown.append)
+        == 2
+    )
+    assert len(shown) == 1, "the other one's end is no news"
+
+
 def test_a_coordinator_that_serves_another_host_alone_is_not_waited_for(tmp_path: Path) -> None:
     announced = {"url": "http://127.0.0.1:9", "token": "secret", "host": "another-host"}
     (tmp_path / "coordinator.json").write_text(json.dumps(announced))
