@@ -8,6 +8,7 @@ import click
 from rich.table import Table
 
 from elastic_batch.cli.output import open_console
+from elastic_batch.cli.places import require_directory
 
 
 @click.command("report")
@@ -25,6 +26,8 @@ def command(runs: tuple[str, ...], output: str | None, metric: str | None, as_js
     from elastic_batch.report import write_report
 
     directory = output or (str(Path(runs[0]) / "report") if len(runs) == 1 else "report")
+    if output is not None:
+        require_directory("--output", output)
     report = write_report(runs, directory, metric=metric)
     if as_json:
         click.echo((Path(directory) / "table.json").read_text(encoding="utf-8"), nl=False)

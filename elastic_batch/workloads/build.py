@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from elastic_batch.checkpoint import read_weights
-from elastic_batch.errors import InvalidSetting
+from elastic_batch.errors import CheckpointDamaged, InvalidSetting
 from elastic_batch.job import DataSettings, Job
 from elastic_batch.telemetry import Logger
 from elastic_batch.trainer import Trainer
@@ -150,6 +150,8 @@ def _check_num_samples(data: Dataset[Any], planned: int) -> None:
 def _load_weights(model: nn.Module, place: str) -> None:
     try:
         model.load_state_dict(read_weights(place))
+    except CheckpointDamaged as error:
+        raise InvalidSetting("--init-from", place, f"must hold weights that can be read ({error.reason})") from error
     except RuntimeError as error:
         raise InvalidSetting("--init-from", place, f"does not fit the model: {error}") from error
 

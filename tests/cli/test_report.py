@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from elastic_batch.cli.report import command
-from elastic_batch.errors import RunDirectoryMissing
+from elastic_batch.errors import InvalidSetting, RunDirectoryMissing
 from elastic_batch.report import figures
 from elastic_batch.rundir import RunDirectory
 
@@ -51,3 +51,9 @@ def test_the_output_may_be_elsewhere_and_the_table_json(
 
 def test_a_place_without_runs_is_one_error(tmp_path: Path) -> None:
     assert isinstance(call(tmp_path).exception, RunDirectoryMissing)
+
+
+def test_an_output_that_is_a_file_is_refused(run: Path) -> None:
+    error = call(run, "--output", run / "metrics.jsonl").exception
+    assert isinstance(error, InvalidSetting)
+    assert error.field == "--output"

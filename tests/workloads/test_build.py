@@ -88,6 +88,12 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
         build_workload(job(), environ={}, init_from=str(tmp_path / "weights.pt"))
 
 
+def test_a_file_without_weights_to_start_from_names_the_flag(tmp_path: Path) -> None:
+    (tmp_path / "weights.pt").write_text("none")
+    with pytest.raises(InvalidSetting, match=r"^--init-from = '.*': must hold weights that can be read"):
+        build_workload(job(), environ={}, init_from=str(tmp_path / "weights.pt"))
+
+
 def test_a_data_set_of_another_length_than_planned_is_refused() -> None:
     with pytest.raises(InvalidSetting, match=r"holds 1437 samples.*Set data\.num_samples: 1437"):
         build_workload(job(data={"name": "digits", "num_samples": 1500}), environ={})
