@@ -17,9 +17,17 @@ from elastic_batch.scaling.machine import (
 )
 
 
-@pytest.mark.parametrize("text", ["", "a", "1:", ":2", "0:2", "3:2", "0", "-1", "1:2:3", "1.5"])
+@pytest.mark.parametrize("text", ["", "a", "1:", ":2", "-1", "1:2:3", "1.5"])
 def test_what_is_no_range_of_workers_is_refused(text: str) -> None:
     with pytest.raises(InvalidSetting, match=r"--workers = .*must be MIN:MAX or N, as in 1:4"):
+        WorkerRange.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"), [("0", "must be at least 1"), ("0:2", "must be at least 1"), ("3:2", "with MIN not above MAX")]
+)
+def test_what_is_wrong_with_a_range_of_workers_is_said(text: str, rule: str) -> None:
+    with pytest.raises(InvalidSetting, match=f"--workers = '{text}': .*{rule}$"):
         WorkerRange.parse(text)
 
 

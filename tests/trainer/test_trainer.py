@@ -453,11 +453,11 @@ class _Endless(IterableDataset[Any]):
     [
         ({"model": DataParallel(nn.Linear(1, 1))}, "must be the bare model"),
         ({"train_set": _Endless()}, "must be a map-style data set"),
-        ({"micro_batch_size": 0}, "micro_batch_size = 0: must be at least 1"),
+        ({"micro_batch_size": 0}, "micro_batch_size = 0: must be a whole number, at least 1"),
         ({"micro_batch_size": 5}, "32.*must be a multiple of.*5|must be"),
         ({"ghost_batch_size": 3}, "ghost_batch_size = 3: must divide micro_batch_size = 4"),
         ({"precision": "fp8"}, "must be float32, bf16 or fp16"),
-        ({"max_grad_norm": 0.0}, "must be above 0"),
+        ({"max_grad_norm": 0.0}, "must be a number above 0"),
         ({"resume": "auto"}, "needs a place for checkpoints"),
         ({"checkpoint_every": "0ep"}, "checkpoint_every = '0ep': must be above 0"),
         ({"momentum": 0.5}, "optimizer.momentum = 0.5: must be the optimizer's own, 0.9"),
