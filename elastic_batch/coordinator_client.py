@@ -25,17 +25,19 @@ class CoordinatorSilent(ElasticBatchError):
     """The coordinator cannot be reached, or does not let this client in."""
 
 
-class RunComplete(CoordinatorSilent):
-    """The run is complete, and its coordinator has ended.
+class RunOver(CoordinatorSilent):
+    """The run is complete or was stopped, and its coordinator has ended.
 
     Args:
         run_id: The run's name.
-        num_samples: How many samples it committed.
+        ended: Why it is over.
+        num_samples: How many samples it committed; None: it is not complete, or nobody said.
     """
 
-    def __init__(self, run_id: str, num_samples: int) -> None:
-        self.run_id, self.num_samples = run_id, num_samples
-        super().__init__(f"run {run_id} is complete ({num_samples} samples); its coordinator has ended")
+    def __init__(self, run_id: str, ended: str, num_samples: int | None) -> None:
+        self.run_id, self.ended, self.num_samples = run_id, ended, num_samples
+        samples = "" if num_samples is None else f" ({num_samples} samples)"
+        super().__init__(f"run {run_id}: {ended}{samples}; its coordinator has ended")
 
 
 class UnknownWorker(ElasticBatchError):
@@ -104,7 +106,7 @@ class CoordinatorClient:
         """How things stand: what `GET /status` gives.
 
         Raises:
-            RunComplete: It has ended with the run.
+            RunOver: It has ended with the run.
             CoordinatorSilent: It cannot be reached.
         """
         found: dict[str, Any] = self._ask("GET", "/status").json()
@@ -145,8 +147,8 @@ class CoordinatorClient:
     def _silence(self, error: httpx.HTTPError) -> CoordinatorSilent:
         """What it means that there is no answer."""
         announced = read_announcement(self._run_dir) if self._run_dir is not None else None
-        if announced is not None and announced.completed_end is not None:
-            return RunComplete(announced.run_id, announced.completed_end)
+        if announced is not None and announced.ended is not None:
+            return RunOver(announced.run_id, announced.ended, announced.completed_end)
         return CoordinatorSilent(
             f"the coordinator at {self.url} does not answer ({error}). If workers are still running, training goes on; "
             f"start it again with: elastic-batch coordinator --run-dir {self._run_dir or 'DIR'}"

@@ -18,7 +18,7 @@ from rich.text import Text
 from elastic_batch.cli.finding import coordinator_options
 from elastic_batch.cli.invocation import Invocation
 from elastic_batch.cli.output import open_console
-from elastic_batch.coordinator_client import CoordinatorClient, CoordinatorSilent, RunComplete
+from elastic_batch.coordinator_client import CoordinatorClient, CoordinatorSilent, RunOver
 
 _STYLES = {"active": "green", "spare": "cyan", "lost": "red", "draining": "yellow", "cooling down": "yellow"}
 _MOST_ROWS = 100
@@ -46,9 +46,9 @@ def command(
 
     try:
         _show(ask, watch=watch, as_json=as_json)
-    except RunComplete as complete:
-        said = {"run_id": complete.run_id, "phase": "ended", "ended": "the job is complete"}
-        click.echo(json.dumps({**said, "position": complete.num_samples}) if as_json else str(complete))
+    except RunOver as over:
+        said = {"run_id": over.run_id, "phase": "ended", "ended": over.ended, "position": over.num_samples}
+        click.echo(json.dumps(said) if as_json else str(over))
 
 
 def _show(ask: Callable[[], dict[str, Any]], *, watch: bool, as_json: bool) -> None:
@@ -73,7 +73,7 @@ def _watch(found: dict[str, Any], ask: Callable[[], dict[str, Any]], as_json: bo
             time.sleep(1)
             try:
                 found, away = ask(), None
-            except RunComplete:
+            except RunOver:
                 raise
             except CoordinatorSilent as error:
                 away = str(error)

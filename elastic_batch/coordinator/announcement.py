@@ -27,6 +27,7 @@ class Announcement:
         pid: The coordinator's process.
         version: The package's.
         tls_cert: PEM file that a client trusts for `https`; None: the machine's usual authorities.
+        ended: Why the run was over when the coordinator ended; None: it is not.
         completed_end: The job's end, in samples, once it is complete; workers that come later and want no more need
             not wait. None: it is not complete.
         host: The name of the coordinator's host; None: it does not say.
@@ -38,6 +39,7 @@ class Announcement:
     pid: int
     version: str
     tls_cert: str | None = None
+    ended: str | None = None
     completed_end: int | None = None
     host: str | None = field(default_factory=socket.gethostname)
 
@@ -59,7 +61,7 @@ def read_announcement(run_dir: Path) -> Announcement | None:
         text = {name: found[name] for name in ("url", "token", "run_id", "version")}
         if not all(isinstance(value, str) for value in text.values()):
             raise TypeError("a field is not a text")
-        optional = {name: found.get(name) for name in ("tls_cert", "completed_end", "host")}
+        optional = {name: found.get(name) for name in ("tls_cert", "ended", "completed_end", "host")}
         return Announcement(**text, pid=int(found["pid"]), **optional)
     except FileNotFoundError:
         return None

@@ -73,8 +73,8 @@ class Coordinator:
         serving = asyncio.create_task(self._server.serve([self._listener]))
         driving = asyncio.create_task(self._service.serve())
         await asyncio.wait([serving, driving], return_when=asyncio.FIRST_COMPLETED)
-        if driving.done() and driving.exception() is None and driving.result() == COMPLETE:
-            self._announce_completion()
+        if driving.done() and driving.exception() is None:
+            self._announce_end(driving.result())
         self.stop()
         await serving
         driving.cancel()
@@ -104,13 +104,13 @@ class Coordinator:
         if not said.tls_cert and not is_loopback(self._config.host):
             logger.warning("without TLS the token crosses the network in the clear; give --tls-cert and --tls-key")
 
-    def _announce_completion(self) -> None:
+    def _announce_end(self, ended: str) -> None:
         try:
-            self._write_announcement((self.run.job or {}).get("end"))
+            self._write_announcement(ended)
         except OSError as error:
-            logger.error("workers that come from now on wait in vain, for they cannot be told: %s", error)
+            logger.error("whoever comes from now on waits in vain, for nobody can be told: %s", error)
 
-    def _write_announcement(self, completed_end: int | None = None) -> Announcement:
+    def _write_announcement(self, ended: str | None = None) -> Announcement:
         config = self._config
         said = Announcement(
             url=public_url(config, self._listener),
@@ -119,7 +119,8 @@ class Coordinator:
             pid=os.getpid(),
             version=VERSION,
             tls_cert=str(config.tls_cert.resolve()) if config.tls_cert else None,
-            completed_end=completed_end,
+            ended=ended,
+            completed_end=(self.run.job or {}).get("end") if ended == COMPLETE else None,
         )
         write_announcement(config.run_dir, said)
         return said

@@ -121,15 +121,24 @@ def test_a_wrong_address_or_token_names_its_flag(
     assert message in capsys.readouterr().err
 
 
-def test_a_run_that_is_complete_is_no_silent_coordinator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = Announcement(url="http://127.0.0.1:9", token="x" * 32, run_id="r", pid=1, version="1", completed_end=96)
-    write_announcement(tmp_path, said)
+@pytest.mark.parametrize(
+    ("ended", "end", "shown"),
+    [
+        ("the job is complete", 96, "run r: the job is complete (96 samples); its coordinator has ended"),
+        ("stopped: SIGINT", None, "run r: stopped: SIGINT; its coordinator has ended"),
+    ],
+)
+def test_the_coordinator_of_a_run_that_is_over_is_not_silent(
+    ended: str, end: int | None, shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    door = {"url": "http://127.0.0.1:9", "token": "x" * 32, "run_id": "r", "version": "1"}
+    write_announcement(tmp_path, Announcement(**door, pid=1, ended=ended, completed_end=end))
     for flags in ([], ["--watch"]):
         assert main(["status", "--run-dir", str(tmp_path), *flags], {}) == 0
-        assert capsys.readouterr().out.strip() == "run r is complete (96 samples); its coordinator has ended"
+        assert capsys.readouterr().out.strip() == shown
     assert main(["status", "--run-dir", str(tmp_path), "--json"], {}) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found == {"run_id": "r", "phase": "ended", "ended": "the job is complete", "position": 96}
+    assert found == {"run_id": "r", "phase": "ended", "ended": ended, "position": end}
 
 
 def test_a_coordinator_that_serves_another_host_alone_is_told_as_such(
@@ -159,6 +168,29 @@ def test_watching_ends_with_the_run(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert asyncio.run(scenario()) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["ended"] for line in (lines[0], lines[-1])] == [None, "the job is complete"]
+
+
+@pytest.mark.parametrize("reason", ["finished", "stopped"])
+def test_watching_ends_with_a_run_whose_end_nobody_could_ask_for(
+    reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def scenario() -> int:
+        async with serving(tmp_path) as coordinator, connected(tmp_path, "a") as a:
+            await a.ready()
+            await a.enter()
+            watching = asyncio.create_task(
+                asyncio.to_thread(main, ["status", "--watch", "--json", "--run-dir", str(tmp_path)], {})
+            )
+            await asyncio.sleep(0.3)
+            if reason == "stopped":
+                await coordinator.http.post("/stop", json={"reason": "SIGINT"})
+            await a.bye(reason)
+            await coordinator.outcome()
+            return await asyncio.wait_for(watching, 10)
+
+    assert asyncio.run(scenario()) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["ended"] == {"finished": "the job is complete", "stopped": "stopped: SIGINT"}[reason]
 
 
 def test_thousands_of_workers_do_not_fill_the_screen() -> None:

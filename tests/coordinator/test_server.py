@@ -15,8 +15,9 @@ from support.coordinators import PATIENCE_SECONDS, Serving, serving
 from support.fake_worker import FakeWorker, connected, greeted
 from websockets.exceptions import ConnectionClosed
 
+from elastic_batch.coordinator.announcement import read_announcement
 from elastic_batch.coordinator.journal import FILE, JournalUnusable
-from elastic_batch.errors import InvalidSetting
+from elastic_batch.errors import InvalidSetting, NoWorkers
 from elastic_batch.protocol import (
     Abort,
     End,
@@ -62,7 +63,7 @@ async def _pair(run_dir: Path) -> AsyncIterator[tuple[Serving, Form, FakeWorker,
 
 @pytest.mark.parametrize(
     ("addresses", "all_on_loopback"),
-    [(("10.0.0.1", "10.0.0.2"), False), (("127.0.0.1", "10.0.0.2"), False), (("127.0.0.1", "::1"), True)],
+    [(("10.0.0.1", "10.0.0.2"), False), (("127.0.0.1", "::1"), True)],
 )
 def test_two_workers_form_a_world_and_hear_whether_they_share_a_host(
     tmp_path: Path, addresses: tuple[str, str], all_on_loopback: bool
@@ -81,6 +82,71 @@ def test_two_workers_form_a_world_and_hear_whether_they_share_a_host(
             assert [worker["state"] for worker in found["workers"]] == ["active", "active"]
 
     uvloop.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("address", "fields"),
+    [
+        ("127.0.0.1", {"address": "10.0.0.2"}),
+        ("10.0.0.1", {"address": "127.0.0.1"}),
+        ("127.0.0.1", {"address": "127.0.0.1", "host": "there"}),
+    ],
+)
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_newcomer_is_refused_that_cannot_reach_the_others_and_they_go_on(
+    tmp_path: Path, address: str, fields: dict[str, Any], trains: bool
+) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, min_workers=1 if trains else 2), connected(tmp_path, "a", address=address) as a:
+            await a.ready()
+            if trains:
+                await a.enter()
+            async with connected(tmp_path, "b", **fields) as b:
+                await b.ready()
+                assert "ELASTIC_BATCH_ADDRESS must not be a loopback address" in (await b.hear(Refused)).reason
+            async with connected(tmp_path, "c", address=address) as c:
+                await c.ready()
+                if trains:
+                    await a.ready((await a.hear(Regroup)).generation)
+                assert (await a.hear(Form)).members == ("a", "c")
+                assert not [message for message in a.unheard if isinstance(message, Abort | Refused)]
+
+    uvloop.run(scenario())
+
+
+def test_a_restarted_coordinator_knows_that_a_joiner_has_no_state_yet(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as first, connected(tmp_path, "a") as a, connected(tmp_path, "b") as b:
+            await a.ready()
+            await a.enter()
+            await first.until(lambda status: status["phase"] == "running")
+            await b.ready()
+            await a.ready((await a.hear(Regroup)).generation)
+            form = await b.hear(Form)
+        same: dict[str, Any] = {"generation": form.generation, "members": form.members}
+        async with serving(tmp_path, reconnect_grace=0.1, orphan_grace=1000.0) as second:
+            async with connected(tmp_path, "b", **same) as b:
+                await b.ready(form.generation, broken=True)
+                await second.until(lambda status: "have the newest state" in status["reason"])
+                async with connected(tmp_path, "a", **same) as a:
+                    await a.ready(form.generation, broken=True)
+                    assert (await b.hear(Form)).members == ("a", "b")
+
+    uvloop.run(scenario())
+
+
+def test_workers_that_wait_hear_that_no_world_started_in_time(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, min_workers=2, start=0.3) as coordinator:
+            async with connected(tmp_path, "a") as a:
+                await a.ready()
+                assert (await a.hear(End)).reason.startswith("stopped: ")
+                await a.bye("left")
+            with pytest.raises(NoWorkers):
+                await coordinator.outcome()
+
+    with pytest.raises(NoWorkers):
+        uvloop.run(scenario())
 
 
 def test_the_others_hear_at_once_that_a_worker_died_and_go_on_without_it(tmp_path: Path) -> None:
@@ -406,6 +472,27 @@ def test_a_lead_that_lost_the_others_at_the_end_gets_a_world_to_save_it_in(tmp_p
     uvloop.run(scenario())
 
 
+@pytest.mark.parametrize("enters", [False, True])
+@pytest.mark.parametrize("is_seen", [False, True])
+def test_the_end_stands_if_the_lead_dies_in_the_world_to_hear_of_it(
+    tmp_path: Path, enters: bool, is_seen: bool
+) -> None:
+    async def scenario() -> None:
+        async with _pair(tmp_path) as (coordinator, form, lead, other):
+            await other.bye("finished")
+            await lead.ready(form.generation, broken=True)
+            if enters:
+                await lead.enter()
+            else:
+                await lead.hear(Form)
+            if is_seen:
+                await coordinator.http.post(f"/workers/{lead.name}/exited")
+            lead.socket.transport.abort()
+            assert await coordinator.outcome() == "complete"
+
+    uvloop.run(scenario())
+
+
 @pytest.mark.parametrize("waits_first", [True, False])
 def test_a_member_that_waits_when_the_job_is_complete_ends(tmp_path: Path, waits_first: bool) -> None:
     async def scenario() -> None:
@@ -470,7 +557,12 @@ def test_a_stop_reaches_the_world_and_ends_the_run_resumably(tmp_path: Path) -> 
             assert (await a.hear(Stop)).reason == (await b.hear(Stop)).reason == "enough"
             await asyncio.gather(a.bye("stopped"), b.bye("stopped"))
             assert await coordinator.outcome() == "stopped"
-        async with serving(tmp_path), connected(tmp_path, "c") as again:  # nobody of the old world is waited for
+        said = read_announcement(tmp_path)
+        assert said is not None
+        assert (said.ended, said.completed_end) == ("stopped: enough", None)
+        # Nobody of the old world is waited for.
+        async with serving(tmp_path) as coordinator, connected(tmp_path, "c") as again:
+            assert coordinator.announcement.ended is None
             await again.ready()
             assert (await again.hear(Form)).members == ("c",)
 
