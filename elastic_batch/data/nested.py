@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import UserDict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -13,6 +14,10 @@ from torch import Tensor
 
 class NotJoinableError(ValueError):
     """Batches of micro-batches have no common batch."""
+
+
+class NotDivisibleError(ValueError):
+    """A batch has parts of which it cannot be told what belongs to which sample."""
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -58,6 +63,51 @@ def join(batches: Sequence[Any], micro_batch_size: int) -> Any:
             raise NotJoinableError(f"they hold {type(first).__name__}s of different lengths")
         return _sequence_like(first, [join(items, micro_batch_size) for items in zip(*batches, strict=True)])
     raise NotJoinableError(f"a {type(first).__name__} has no samples to join")
+
+
+def cut(batch: Any, start: int, stop: int, num_samples: int) -> Any:
+    """Return the samples [start, stop) of a batch of `num_samples`, in tensors and containers of its own.
+
+    Cut are tensors, along their first axis, and lists of one plain value for each sample. So are tuples of strings; a
+    tuple of numbers may be a size.
+
+    Raises:
+        NotDivisibleError: Something in it belongs to the whole batch, or may do so.
+
+    >>> cut({"x": torch.arange(4), "name": ["a", "b", "c", "d"]}, 1, 3, 4)
+    {'x': tensor([1, 2]), 'name': ['b', 'c']}
+    """
+    if batch is None:
+        return None
+    if isinstance(batch, Tensor):
+        if batch.is_nested or batch.layout != torch.strided or batch.shape[:1] != (num_samples,):
+            raise NotDivisibleError(f"a tensor does not have the {num_samples} samples as first axis")
+        return batch[start:stop].clone()
+    if isinstance(batch, dict | UserDict):
+        return _like(batch, ((key, cut(item, start, stop, num_samples)) for key, item in batch.items()))
+    if not isinstance(batch, list | tuple) or hasattr(batch, "to"):
+        raise NotDivisibleError(f"a {type(batch).__name__} has no samples to take")
+    if len(batch) != num_samples or hasattr(batch, "_fields") or len({_kind(item) for item in batch}) > 1:
+        return _sequence_like(batch, [cut(item, start, stop, num_samples) for item in batch])
+    if not _is_nested(batch[0]) and (isinstance(batch, list) or isinstance(batch[0], str | bytes)):
+        return batch[start:stop]
+    raise NotDivisibleError(f"the {num_samples} items of a {type(batch).__name__} may be one for each sample, or not")
+
+
+def duplicate(batch: Any) -> Any:
+    """Return the batch in tensors and containers of its own, which whoever uses it may change."""
+    if isinstance(batch, Tensor):
+        return batch.clone()
+    if isinstance(batch, dict | UserDict):
+        return _like(batch, ((key, duplicate(item)) for key, item in batch.items()))
+    if isinstance(batch, list | tuple):
+        return _sequence_like(batch, [duplicate(item) for item in batch])
+    return batch
+
+
+def _kind(item: Any) -> tuple[object, ...]:
+    """What the items of one field have in common, and different fields mostly have not."""
+    return (Tensor, item.dtype, item.dim()) if isinstance(item, Tensor) else (type(item),)
 
 
 def _join_tensors(tensors: Sequence[Tensor], micro_batch_size: int) -> Tensor:

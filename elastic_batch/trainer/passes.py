@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from elastic_batch.data import PassRequest
+from elastic_batch.data import PassRequest, duplicate
 from elastic_batch.errors import CannotFuse
 from elastic_batch.randomness import preserved
 from elastic_batch.schedule import Schedule
@@ -77,7 +77,7 @@ def settle_width(
         machinery.statistics.samples_per_pass = width * options.micro_batch_size
         with machinery.randomness.over(list(range(width)), machinery.device) as draws:
             with autocast(options.precision, machinery.device):
-                loss = loss_fn(model, batch)
+                loss = loss_fn(model, duplicate(batch))
             if reason := draws.stray():
                 raise CannotFuse(position, [], reason)
             with gradients.accepting():

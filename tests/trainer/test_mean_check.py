@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
 
 from elastic_batch.errors import MisusedTrainer
 from elastic_batch.trainer.mean_check import MeanCheck
@@ -77,14 +78,74 @@ def test_what_has_no_such_gradient_is_left_to_the_backward() -> None:
     check.verify()
 
 
-def test_batches_that_cannot_be_halved_are_left_alone() -> None:
-    assert list(MeanCheck(_MODEL, {"edges": torch.zeros(3, 2), "nodes": torch.zeros(8)}, 8).parts()) == []
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"edges": torch.zeros(3, 2), "nodes": torch.zeros(8)},
+        (torch.zeros(8, 4), "a word for all"),
+        (torch.zeros(8, 4), ["one", "more"]),
+        [torch.zeros(8, 4)] * 8,
+    ],
+)
+def test_batches_that_cannot_be_halved_are_left_alone(batch: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG"):
+        assert list(MeanCheck(_MODEL, batch, 8).parts()) == []
+    assert "not compared with those of halves" in caplog.text
+
+
+def test_a_single_sample_is_left_alone() -> None:
     assert list(MeanCheck(_MODEL, (torch.zeros(1, 4),), 1).parts()) == []
 
 
 def test_nested_batches_are_halved_along_the_samples() -> None:
-    parts = list(MeanCheck(_MODEL, {"a": [torch.arange(5)], "name": "x"}, 5).parts())
+    parts = list(MeanCheck(_MODEL, {"a": [torch.arange(5)], "name": list("stuvw")}, 5).parts())
     assert [part["a"][0].tolist() for part in parts] == [[0, 1, 2, 3, 4], [0, 1], [2, 3, 4]]
+    assert ["".join(part["name"]) for part in parts] == ["stuvw", "st", "uvw"]
+
+
+def test_what_is_done_to_a_part_is_not_done_to_the_batch() -> None:
+    batch = {"x": torch.ones(4), "y": torch.ones(4)}
+    for part in MeanCheck(_MODEL, batch, 4).parts():
+        part.pop("y").zero_()
+    assert torch.equal(batch["y"], torch.ones(4))
+
+
+def test_every_part_finds_the_buffers_as_they_were() -> None:
+    model = nn.Sequential(spectral_norm(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 1))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    check = MeanCheck(model, _batch()[0], 8)
+    for inputs in check.parts():
+        model[0].train()  # where it iterates once more
+        check.record(model(inputs).square().mean())
+    check.verify()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_a_wrong_mean_is_told_from_rounding(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    inputs, targets = torch.randn(9, 20).to(dtype), torch.arange(9)
+
+    def check(weight: Tensor | None) -> None:
+        check = MeanCheck(model, (inputs, targets), 9)
+        with torch.autocast("cpu", dtype):
+            for x, y in check.parts():
+                check.record(F.cross_entropy(model(x), y, weight=weight))
+        check.verify()
+
+    check(None)
+    with pytest.raises(MisusedTrainer, match="not a mean over samples"):
+        check(torch.tensor([3.0] * 3 + [1.0] * 7))
+
+
+def test_the_gradients_of_fp16_do_not_vanish() -> None:
+    model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 1))
+    check = MeanCheck(model, torch.randn(6, 20, generator=torch.Generator().manual_seed(0)), 6)
+    with torch.autocast("cpu", torch.float16):
+        for x in check.parts():
+            check.record((1e-4 * model(x)).mean())
+    check.verify()
 
 
 class AnswersOtherwise(nn.Module):

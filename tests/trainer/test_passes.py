@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -119,8 +120,14 @@ class Counting(nn.Module):
         return scores
 
 
-def test_measuring_leaves_the_model_s_buffers_as_they_were() -> None:
+def test_measuring_leaves_buffers_and_batches_as_they_were() -> None:
     model = Counting()
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        targets = batch.pop()  # which another pass of the same width finds again
+        loss: Tensor = (model(batch.pop()) - targets).square().mean()
+        return loss
+
     schedule = StepsSchedule.of(global_batch_size=8, max_duration="16sp", points="0:8")
     with Trainer(
         model,
@@ -128,7 +135,7 @@ def test_measuring_leaves_the_model_s_buffers_as_they_were() -> None:
         TensorDataset(torch.ones(64, 1), torch.ones(64, 1)),
         schedule,
         micro_batch_size=4,
-        loss_fn=lambda model, batch: (model(batch[0]) - batch[1]).square().mean(),
+        loss_fn=loss_fn,
         micro_batches_per_pass="auto",
         check_loss=False,
     ) as trainer:
