@@ -174,8 +174,8 @@ class CheckpointNotSaved(ElasticBatchError):
         self.update, self.where, self.checkpoint = update, where, checkpoint
         last = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint"
         super().__init__(
-            f"the state after update {update} could not be saved in {where}: {error}; {last}. Mend what is wrong there, "
-            "and resume: the updates since are done again"
+            f"the state after update {update} could not be saved in {where}: {error}; {last}. Mend what is wrong "
+            "there, and resume: the updates since are done again"
         )
 
 

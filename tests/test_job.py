@@ -259,7 +259,7 @@ def test_of_several_faults_the_others_are_named() -> None:
         ({"schedule.global_batch_size": 48}, "must be a multiple of micro_batch_size = 32"),
         ({"schedule.max_global_batch_size": 16}, "must not be below the first batch"),
         ({"schedule.max_global_batch_size": 1437}, "must be below the training set's 1437 samples"),
-        ({"schedule.milestones": ["12ep", "8ep"]}, "Sort the milestones"),
+        ({"schedule.milestones": ["12ep", "8ep"]}, "Sort them"),
         ({"schedule.milestones": ["8ep", "20ep"]}, "past the end"),
     ],
 )

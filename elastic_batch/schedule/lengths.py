@@ -90,7 +90,7 @@ class Lengths:
                     f"{field}[{first_index + index}]",
                     str(duration),
                     f"must be later than {before}" if index or earliest else "must be above 0",
-                    "Sort the milestones" if index else "A warm-up must end before the first" if earliest else "",
+                    "Sort them" if index else "A warm-up must end before the first" if earliest else "",
                 )
             found.append(position)
         return found

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from elastic_batch.checkpoint import check_state
 from elastic_batch.data import count_samples
 from elastic_batch.engines import Engine, Membership, Standing, open_membership
-from elastic_batch.errors import MisusedTrainer, WorldBroken
+from elastic_batch.errors import InvalidSetting, MisusedTrainer, WorldBroken
 from elastic_batch.ghost import RunningStatistics
 from elastic_batch.gradients import GradientSums
 from elastic_batch.schedule import ScheduleContext, ScheduleSpec
@@ -83,6 +83,8 @@ class Trainer:
         self.options = TrainerOptions.of(**options)
         refuse_wrapped(model)
         require_schedule(schedule)
+        if loss_fn is not None and not callable(loss_fn):
+            raise InvalidSetting("loss_fn", loss_fn, "must be a function of (model, batch)")
         if self.options.deterministic:
             make_deterministic()
         self.model = model

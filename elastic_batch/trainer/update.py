@@ -369,8 +369,8 @@ class Update:
         machinery = self._machinery
         if header.weight < 0:
             raise MisusedTrainer(
-                f"the weights of update {self.plan.index} sum to {header.weight:g}; a weight counts what a loss was summed "
-                "over, so it is at least 0"
+                f"the weights of update {self.plan.index} sum to {header.weight:g}; a weight counts what a loss was "
+                "summed over, so it is at least 0"
             )
         weighed = math.isfinite(header.weight)
         finite_loss, finite_gradient = math.isfinite(header.loss_sum), math.isfinite(header.gradient_norm)

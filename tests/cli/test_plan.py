@@ -171,7 +171,7 @@ def test_without_matplotlib_nothing_is_measured_in_vain(
         ("schedule.global_batch_size=48", "must be a multiple of micro_batch_size = 32"),
         ("schedule.max_global_batch_size=16", "must not be below the first batch"),
         ("schedule.max_global_batch_size=1437", "must be below the training set's 1437 samples"),
-        ("schedule.milestones=[12ep, 8ep]", "Sort the milestones"),
+        ("schedule.milestones=[12ep, 8ep]", "Sort them"),
         ("schedule.milestones=[8ep, 30ep]", "past the end"),
         ("ghost_batch_size=12", "must divide micro_batch_size"),
         ("data.augmentation.min_crop_area=0.5", "is for image folders"),

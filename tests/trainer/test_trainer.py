@@ -461,6 +461,7 @@ class _Endless(IterableDataset[Any]):
         ({"resume": "auto"}, "needs a place for checkpoints"),
         ({"checkpoint_every": "0ep"}, "checkpoint_every = '0ep': must be above 0"),
         ({"momentum": 0.5}, "optimizer.momentum = 0.5: must be the optimizer's own, 0.9"),
+        ({"loss_fn": 3}, "loss_fn = 3: must be a function"),
         ({"momentum": 1.0}, "momentum = 1.0: must be from 0 to below 1"),
     ],
 )
