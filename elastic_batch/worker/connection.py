@@ -42,6 +42,8 @@ FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.05, 1.0
 CLOSE_SECONDS = 2.0
 _FAREWELL_SECONDS = 10.0
 """How long a worker that has finished looks for a coordinator that is away: without its word the job seems to go on."""
+_PING_SECONDS = 15.0
+"""Between two, and for an answer: far longer than a coordinator of thousands, or an interpreter, is ever held up."""
 _UNANSWERED_SECONDS = 5.0
 """A coordinator that takes longer to open a connection or to greet is taken for gone."""
 
@@ -204,7 +206,9 @@ class Connection:
             ssl=door.tls,
             open_timeout=_UNANSWERED_SECONDS,
             close_timeout=CLOSE_SECONDS,
-            ping_interval=None,  # beats are ours
+            # Beats are ours, and nobody answers them: this finds the coordinator that hangs while its socket stands.
+            ping_interval=_PING_SECONDS,
+            ping_timeout=_PING_SECONDS,
             max_size=MAX_MESSAGE_BYTES,
             compression=None,
             proxy=None,

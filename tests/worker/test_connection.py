@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -15,6 +16,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.http11 import Request, Response
 
 from elastic_batch.protocol import Beat, Bye, Entered, FromCoordinator, Leaving, Ready, Welcome
+from elastic_batch.worker import connection as connection_module
 from elastic_batch.worker.connection import Connection
 from elastic_batch.worker.credentials import Credentials
 
@@ -158,3 +160,26 @@ def test_an_announcement_that_cannot_be_read_at_the_moment_is_read_again(
     with pytest.raises(OSError, match="Stale"):
         credentials.door()
     assert credentials.completed_end() == -1
+
+
+def test_a_coordinator_that_hangs_is_away_though_its_socket_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_module, "_PING_SECONDS", 0.1)
+    listener = Listener()
+
+    def hang(*_: object) -> None:
+        """Read nothing any more, as a process does that is stopped."""
+
+    with coordinator([None, HTTPStatus.SERVICE_UNAVAILABLE], []) as url:
+        connection = connect(url, tmp_path, listener)
+        listener.wait_for(1)
+        monkeypatch.setattr(ServerConnection, "data_received", hang)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while connection.away_seconds == 0.0:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        monkeypatch.undo()
+        listener.wait_for(2)
+        connection.close(Bye(reason="left"))
+    assert listener.welcomes == 2
