@@ -1,4 +1,4 @@
-"""Which workers may take part: same version, same run, same job."""
+"""Which workers may take part: same version, same run, same job, within the others' reach."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from elastic_batch.coordinator.events import inside
+from elastic_batch.coordinator import events
+from elastic_batch.coordinator.connections import Connection
 from elastic_batch.coordinator.journal import JournalUnusable
 from elastic_batch.coordinator.run import Run
 from elastic_batch.errors import JobDiffers
 from elastic_batch.protocol import VERSION as PROTOCOL_VERSION
-from elastic_batch.protocol import Hello
+from elastic_batch.protocol import Hello, Refused, is_loopback
 from elastic_batch.version import VERSION
 
 logger = logging.getLogger(__name__)
 
+REFUSED = 4001
+"""WebSocket closing code."""
 MAX_WORKERS = 20_000
 """Connected at once."""
 _LENGTH = ("end", "schedule.so_far")
@@ -57,8 +60,8 @@ def same_job(run: Run, job: dict[str, Any]) -> str | None:
 
     The length may change while no worker trains: a finished job is trained further.
     """
-    is_idle = not inside(run.state) and run.is_out_of_reach
-    may_differ = _LENGTH if is_idle and not any(worker.ready for worker in run.state.workers.values()) else ()
+    is_idle = run.is_out_of_reach and not any(worker.ready for worker in run.state.workers.values())
+    may_differ = _LENGTH if is_idle else ()
     if differences := _differences(run, job, but=may_differ):
         return str(JobDiffers(f"the run in {run.directory}", differences))
     if run.job != job:
@@ -72,7 +75,34 @@ def same_job(run: Run, job: dict[str, Any]) -> str | None:
 
 def may_be_the_same_later(run: Run, job: dict[str, Any]) -> bool:
     """Whether a job is refused for its length alone, while perhaps nobody trains: this coordinator knows that soon."""
-    return not _differences(run, job, but=_LENGTH) and not any(worker.connected for worker in inside(run.state))
+    return not _differences(run, job, but=_LENGTH) and not any(worker.connected for worker in events.inside(run.state))
+
+
+def out_of_reach(run: Run, name: str, lead: str) -> str | None:
+    """Why a newcomer cannot be in a world that another worker leads; None: it can.
+
+    A loopback address is reached on its own host only, and connects to no other.
+    """
+    if name in run.state.holders:
+        return None
+    peer, newcomer = run.member(lead), run.member(name)
+    alike = is_loopback(peer.address) == is_loopback(newcomer.address)
+    if alike and (peer.host == newcomer.host or not is_loopback(peer.address)):
+        return None
+    return (
+        f"worker {peer.name} is reached at {peer.address} on {peer.host}, this one at {newcomer.address} on "
+        f"{newcomer.host}. ELASTIC_BATCH_ADDRESS must not be a loopback address, unless all workers have one and are "
+        "on one host; without it, it is the address from which a worker reaches the coordinator"
+    )
+
+
+def refuse(run: Run, connection: Connection, name: str, reason: str) -> None:
+    """Tell a worker why it cannot take part; it ends."""
+    logger.warning("worker %s is refused: %s", name, reason)
+    connection.send(Refused(reason=reason).model_dump_json())
+    connection.close(REFUSED, "refused")
+    if run.connections.remove(name, connection):
+        events.left(run.state, run.clock(), name)
 
 
 def _differences(run: Run, job: dict[str, Any], *, but: Collection[str]) -> dict[str, tuple[Any, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from elastic_batch.coordinator.events import inside, is_inside
+from elastic_batch.coordinator.events import inside, is_inside, unaccounted
 from elastic_batch.coordinator.losses import Evict, Finding, look_around, name_some
 from elastic_batch.coordinator.state import MembershipConfig, Phase, State, Worker, WorkerState, World
 
@@ -175,17 +175,23 @@ def _next_world(now: float, state: State, config: MembershipConfig) -> Decision:
     survivors = [worker for worker in inside(state) if _waits(worker)]
     sound = [worker for worker in survivors if not _spoils(now, worker, config)]
     candidates = (sound or survivors[:1]) + _joiners(now, state, config)
-    members_before = set(state.world.members) if state.world is not None else set()
-    is_unwatched = state.orphaned_at is not None and members_before.isdisjoint(w.name for w in candidates)
-    if is_unwatched and state.orphaned_at is not None and now - state.orphaned_at < config.orphan_grace:
-        return Wait(
-            f"the last world's workers are out of sight; without them it starts after {config.orphan_grace:g} s"
-        )
+    awaited = _awaited(state)
+    candidates.sort(key=lambda worker: [worker.name not in group for group in awaited])  # a small world has them too
+    are_here = all(any(worker.name in group for worker in candidates) for group in awaited)
+    if not are_here and now - state.seen_at < config.orphan_grace:
+        grace = f"{config.orphan_grace:g} s"
+        return Wait(f"the workers that have the newest state are out of sight; without them it starts after {grace}")
     needed = max(1, config.min_workers)
     if len(candidates) < needed:
         return Wait(f"{len(candidates)} of at least {needed} workers are ready")
     members = tuple(worker.name for worker in candidates[: max(1, desired_workers(state, config))])
     return FormWorld(members, _describe(state, members))
+
+
+def _awaited(state: State) -> list[set[str]]:
+    """Groups of workers that a world needs one each of: they have the newest state, or may be making a newer one."""
+    may_train = unaccounted(state.world) if state.world is not None else set()
+    return [group for group in (state.holders, may_train) if group]
 
 
 def _describe(state: State, members: tuple[str, ...]) -> str:
@@ -205,8 +211,7 @@ def _joiners(now: float, state: State, config: MembershipConfig) -> list[Worker]
 
 def _spoils(now: float, worker: Worker, config: MembershipConfig) -> bool:
     """Whether a newcomer is held off: worlds fail to form with it, and the others must not wait for it for ever."""
-    is_suspect = worker.failed_formings >= config.crashes and not worker.has_trained
-    return is_suspect and now < worker.ready_at + config.cool_down
+    return worker.failed_formings >= config.crashes and now < worker.ready_at + config.cool_down
 
 
 def _waits(worker: Worker) -> bool:
@@ -217,12 +222,18 @@ def _waits(worker: Worker) -> bool:
 def _to_come(state: State) -> list[Worker]:
     """The workers of an ended world that the next one has to wait for.
 
-    One that came out to leave is waited for only where no other has the state: it saves it before it says goodbye.
+    One that came out to leave is waited for only if it has the state and no other has: it saves it before it says
+    goodbye.
     """
     inner = inside(state)
-    have_the_state = any(map(_waits, inner))
-    return [worker for worker in inner if not (_waits(worker) or (worker.ready and worker.leaving and have_the_state))]
+    is_kept = any(_waits(worker) and worker.name in state.holders for worker in inner)
+    return [
+        worker
+        for worker in inner
+        if not (_waits(worker) or (worker.ready and worker.leaving and (is_kept or worker.name not in state.holders)))
+    ]
 
 
 def _is_cooling(now: float, state: State, worker: Worker) -> bool:
-    return now < state.cooling.get(worker.slot, now)
+    """Whether a worker's slot is held off. Whoever has the newest state has not crashed, and is needed."""
+    return worker.name not in state.holders and now < state.cooling.get(worker.slot, now)

@@ -6,6 +6,7 @@ import logging
 import time
 
 from elastic_batch.coordinator import events, journal
+from elastic_batch.coordinator.admission import out_of_reach, refuse
 from elastic_batch.coordinator.decide import AskRegroup, Decision, EndWorld, FormWorld, Wait
 from elastic_batch.coordinator.journal import JournalUnusable
 from elastic_batch.coordinator.losses import Doubt, Evict, LoseSight, RegainSight
@@ -65,12 +66,16 @@ class Decisions:
         return True
 
     def entered(self, now: float) -> None:
-        """A worker is in the world; with the last one the change is over."""
-        world = self._run.state.world
+        """A worker is in the world; with the last one the change is over, and the journal knows who has the state."""
+        run, world = self._run, self._run.state.world
         if world is not None and world.phase is Phase.RUNNING and self.rescale.is_forming:
             cause, seconds = self.rescale.trains(now)
-            self._run.metrics.rescaled(cause, seconds)
+            run.metrics.rescaled(cause, seconds)
             logger.info("generation %d trains with %d workers", world.generation, len(world.members))
+            try:
+                run.journal.keep("holders", sorted(run.state.holders), durable=False)
+            except JournalUnusable as error:
+                logger.error("%s", error)
 
     def end(self, reason: str) -> None:
         """The run is over: workers that wait for a world end; those in one know it themselves and are left alone."""
@@ -141,6 +146,8 @@ class Decisions:
 
     def _form_world(self, now: float, decision: FormWorld) -> bool:
         run, state = self._run, self._run.state
+        if self._refuse_unreachable(decision.members):
+            return True
         if not any(events.is_inside(state, name) for name in decision.members):
             state.generation = max(state.generation, run.newest_writer)
         generation = state.generation + 1
@@ -155,7 +162,7 @@ class Decisions:
         run.store.withdraw(f"generation {run.store.generation} is over")
         run.store = Store(generation)
         events.world_announced(state, now, decision.members)
-        all_on_loopback = all(is_loopback(self._address(name)) for name in decision.members)
+        all_on_loopback = all(is_loopback(run.member(name).address) for name in decision.members)
         seconds = run.membership.form
         form = Form(generation=generation, members=decision.members, all_on_loopback=all_on_loopback, seconds=seconds)
         run.connections.tell(decision.members, form)
@@ -176,9 +183,15 @@ class Decisions:
             return "leave" if world.left else "shrink"
         return "retry"
 
-    def _address(self, name: str) -> str:
-        connection = self._run.connections.get(name)
-        return connection.hello.address if connection is not None and connection.hello is not None else ""
+    def _refuse_unreachable(self, members: tuple[str, ...]) -> bool:
+        """Refuse the newcomers that cannot be in a world with its first worker. Returns whether there are any."""
+        run = self._run
+        reasons = {name: reason for name in members if (reason := out_of_reach(run, name, members[0])) is not None}
+        for name, reason in reasons.items():
+            connection = run.connections.get(name)
+            assert connection is not None, "it waits for a world"
+            refuse(run, connection, name, reason)
+        return bool(reasons)
 
     def _note(self, reason: str) -> None:
         if reason != self._run.reason:

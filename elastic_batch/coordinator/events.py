@@ -1,8 +1,12 @@
-"""What happened, entered into the state: messages, broken connections, and decisions that were carried out."""
+"""What happened, entered into the state: messages, broken connections, and decisions that were carried out.
+
+Who has the newest state: the workers of the newest world that came to run, and whoever entered the one that forms,
+since it took the state over. A worker that is given up still has it; one that said goodbye has saved it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from elastic_batch.coordinator.state import MembershipConfig, Phase, State, Worker, World
 
@@ -22,7 +26,9 @@ def hello(state: State, now: float, name: str, slot: str, generation: int = -1, 
     if generation > state.generation or (generation == state.generation and state.world is None and generation >= 0):
         state.generation = generation
         state.world = World(generation, members, Phase.RUNNING, now)
+        state.holders = state.holders or set(members)
         _await_members(state, now)
+    _note_sight(state, now, [name])
     world = state.world
     belongs = world is not None and generation == world.generation and name in world.members
     is_given_up = belongs and name not in state.workers
@@ -35,7 +41,7 @@ def hello(state: State, now: float, name: str, slot: str, generation: int = -1, 
         return generation < 0
     known.slot, known.connected, known.heard_at, known.ready = slot, True, now, False
     if world.phase is Phase.RUNNING:
-        world.regroup, known.has_trained = None, True  # it may not have heard that it was asked
+        world.regroup = None  # it may not have heard that it was asked
     return world.phase is not Phase.ENDING
 
 
@@ -43,10 +49,10 @@ def _await_members(state: State, now: float) -> None:
     """Take a running world's workers for disconnected just now; one of them is back."""
     world = state.world
     assert world is not None
-    world.out_of_sight, state.orphaned_at = True, None
+    world.out_of_sight = True
     for member in world.members:
         known = state.workers.get(member)
-        if member not in world.left and member not in world.certainly_gone and not (known and known.connected):
+        if member not in world.certainly_gone and not (known and known.connected):
             slot = known.slot if known is not None else member
             state.workers[member] = Worker(member, slot, False, now, disconnected_at=now, generation=world.generation)
 
@@ -58,27 +64,30 @@ def ready(state: State, now: float, name: str, *, after: int, broken: bool, num_
         return
     world = state.world
     worker.heard_at = now
+    if is_inside(state, name) and after < worker.generation:
+        return  # it was said before this worker heard of its world
     worker.ready, worker.ready_at, worker.broken = True, now, broken
     if after != worker.generation:
         worker.generation = -1  # it waits after a world that is not the newest: like a new one
     elif world is not None and world.generation == after and not broken and world.boundary_since is None:
         world.boundary_since = now
     # Others do not know how far the job is.
-    if (worker.has_trained and is_inside(state, name)) or (world is None and not state.num_micro_batches):
+    if name in state.holders or (world is None and not state.num_micro_batches):
         state.num_micro_batches = num_micro_batches
 
 
 def entered(state: State, now: float, name: str, generation: int) -> None:
-    """A worker is in the world that forms; with the last one it runs."""
+    """A worker is in the world, and has the state; with the last one it runs."""
     world = state.world
-    if world is None or world.generation != generation or world.phase is not Phase.FORMING:
+    if world is None or world.generation != generation or not is_inside(state, name):
         return
-    if is_inside(state, name):
-        world.entered.add(name)
-    if len(world.entered) == len(world.members):
+    state.holders.add(name)
+    world.entered.add(name)
+    if world.phase is Phase.FORMING and len(world.entered) == len(world.members):
         world.phase, world.since = Phase.RUNNING, now
+        state.holders = unaccounted(world)
         for worker in inside(state):
-            worker.has_trained, worker.failed_formings = True, 0
+            worker.failed_formings = 0
 
 
 def beat(state: State, now: float, name: str, *, stage: str, update: int, busy: float, num_micro_batches: int) -> None:
@@ -110,7 +119,7 @@ def left(state: State, now: float, name: str) -> None:
         if world.boundary_since is None:
             world.boundary_since = now
     state.workers.pop(name, None)
-    _note_orphan(state, now)
+    _note_end(state, now, name)
 
 
 def disconnected(state: State, now: float, name: str) -> None:
@@ -123,16 +132,14 @@ def exited(state: State, now: float, name: str, config: MembershipConfig) -> Non
     """Whoever started the worker saw its process end: it certainly trains no more."""
     if name in state.workers:
         lost(state, now, [name], config)
-    if state.world is not None and name in state.world.members:
-        state.world.certainly_gone.add(name)
-        _note_orphan(state, now)
+    _note_end(state, now, name)
 
 
-def lost(state: State, now: float, names: Iterable[str], config: MembershipConfig) -> None:
+def lost(state: State, now: float, names: Collection[str], config: MembershipConfig) -> None:
     """Workers are given up; a slot that loses too many is held off for a while."""
     for name in names:
         _note_crash(state, now, state.workers.pop(name).slot, config)
-    _note_orphan(state, now)
+    _note_sight(state, now, names)
 
 
 def _note_crash(state: State, now: float, slot: str, config: MembershipConfig) -> None:
@@ -147,15 +154,19 @@ def _note_crash(state: State, now: float, slot: str, config: MembershipConfig) -
         del state.crashes[slot]
 
 
-def _note_orphan(state: State, now: float) -> None:
-    """Note since when a world may train on with all of its workers out of sight."""
-    world = state.world
-    if world is None:
-        return
-    if world.left.union(world.certainly_gone).issuperset(world.members):
-        state.orphaned_at = None
-    elif state.orphaned_at is None and not inside(state):
-        state.orphaned_at = now
+def _note_sight(state: State, now: float, names: Collection[str]) -> None:
+    """Note when one that has the newest state, or may make a newer one, came or went."""
+    moved, members = set(names), state.world.members if state.world is not None else ()
+    if not (moved.isdisjoint(state.holders) and moved.isdisjoint(members)):
+        state.seen_at = now
+
+
+def _note_end(state: State, now: float, name: str) -> None:
+    """A worker certainly trains no more."""
+    _note_sight(state, now, [name])
+    state.holders.discard(name)
+    if state.world is not None and name in state.world.members:
+        state.world.certainly_gone.add(name)
 
 
 def woke_late(state: State, now: float) -> None:
@@ -167,8 +178,7 @@ def woke_late(state: State, now: float) -> None:
         state.world.since = now
         if state.world.boundary_since is not None:
             state.world.boundary_since = now
-    if state.orphaned_at is not None:
-        state.orphaned_at = now
+    state.seen_at = now
 
 
 def world_ended(state: State, now: float) -> None:
@@ -177,7 +187,7 @@ def world_ended(state: State, now: float) -> None:
     assert world is not None
     members = inside(state)
     if world.phase is Phase.FORMING and len(members) == len(world.members):  # nobody was lost: one of them is at fault
-        for worker in members:
+        for worker in [worker for worker in members if worker.name not in state.holders] or members:
             worker.failed_formings += 1
     world.phase, world.since = Phase.ENDING, now
 
@@ -212,7 +222,6 @@ def world_announced(state: State, now: float, members: tuple[str, ...]) -> World
     """The workers were told to form a new world."""
     state.generation += 1
     state.world = World(state.generation, members, Phase.FORMING, now)
-    state.orphaned_at = None
     for name in members:
         worker = state.workers[name]
         worker.ready, worker.broken, worker.generation = False, False, state.generation
@@ -220,15 +229,21 @@ def world_announced(state: State, now: float, members: tuple[str, ...]) -> World
     return state.world
 
 
-def is_lead(state: State, name: str) -> bool:
-    """Whether a worker is the newest world's first one, in it or waiting after it."""
-    return state.world is not None and name == state.world.members[0] and is_inside(state, name)
+def lead(state: State) -> Worker | None:
+    """The newest world's first worker, if it is in it or waits after it."""
+    world = state.world
+    return state.workers[world.members[0]] if world is not None and is_inside(state, world.members[0]) else None
 
 
 def is_inside(state: State, name: str) -> bool:
     """Whether a worker is in the newest world, or waits after it."""
     world, worker = state.world, state.workers.get(name)
     return world is not None and worker is not None and worker.generation == world.generation
+
+
+def unaccounted(world: World) -> set[str]:
+    """The workers that may be in a world, seen or unseen."""
+    return set(world.members).difference(world.certainly_gone)
 
 
 def inside(state: State) -> list[Worker]:

@@ -48,12 +48,14 @@ class Member:
         slot: What is started again when it dies.
         host: Where it runs.
         pid: Its process there.
+        address: Where the other workers reach it.
     """
 
     name: str
     slot: str
     host: str
     pid: int
+    address: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from elastic_batch.coordinator.events import inside
+from elastic_batch.coordinator.events import inside, unaccounted
 from elastic_batch.coordinator.state import MembershipConfig, Phase, State, Worker, World
 
 _MOST_NAMES = 8
@@ -81,7 +81,7 @@ def look_around(now: float, state: State, config: MembershipConfig) -> Finding |
     inner = inside(state)
     trains_on = world.phase is Phase.RUNNING and world.boundary_since is None and not _is_broken(inner)
     unseen = {worker.name: missing[worker.name] for worker in inner if missing.get(worker.name, -1.0) >= 0}
-    num_members = len(set(world.members).difference(world.left, world.certainly_gone))
+    num_members = len(unaccounted(world))
     num_seen = sum(worker.name not in (missing if trains_on else unseen) for worker in inner)
     if world.out_of_sight and num_seen == num_members:
         return RegainSight("all workers are back")

@@ -6,12 +6,18 @@ import json
 import logging
 
 from elastic_batch.coordinator import events
-from elastic_batch.coordinator.admission import admit, may_be_the_same_later, same_job, speaks_another_version
+from elastic_batch.coordinator.admission import (
+    admit,
+    may_be_the_same_later,
+    out_of_reach,
+    refuse,
+    same_job,
+    speaks_another_version,
+)
 from elastic_batch.coordinator.connections import Connection
 from elastic_batch.coordinator.decisions import Decisions
 from elastic_batch.coordinator.journal import JournalUnusable
 from elastic_batch.coordinator.run import COMPLETE, Run
-from elastic_batch.coordinator.state import Phase
 from elastic_batch.protocol import (
     Abort,
     Beat,
@@ -24,8 +30,6 @@ from elastic_batch.protocol import (
     Leaving,
     Progress,
     Ready,
-    Refused,
-    Regroup,
     Stop,
     StoreReply,
     StoreRequest,
@@ -35,7 +39,7 @@ from elastic_batch.protocol import (
 
 logger = logging.getLogger(__name__)
 
-BAD_MESSAGE, REFUSED, DONE = 1008, 4001, 1000
+BAD_MESSAGE, DONE = 1008, 1000
 """WebSocket closing codes."""
 
 
@@ -125,7 +129,7 @@ class Reception:
             connection.close(BAD_MESSAGE, "hello comes once")
             return
         if (refusal := admit(run, hello)) is not None:
-            self._refuse(connection, hello.worker, refusal)
+            refuse(run, connection, hello.worker, refusal)
             return
         connection.hello = hello
         run.is_new = False
@@ -146,16 +150,12 @@ class Reception:
     def _bring_up_to_date(self, hello: Hello, goes_on: bool) -> None:
         """Say again what a worker must know and may have missed."""
         run, world, name = self._run, self._run.state.world, hello.worker
+        is_of_the_newest = world is not None and hello.generation == world.generation
         if not goes_on:
-            reason = f"generation {run.state.generation} has taken over"
+            reason = run.reason if is_of_the_newest else f"generation {run.state.generation} has taken over"
             run.connections.tell([name], Abort(generation=hello.generation, reason=reason))
-        elif world is not None and hello.generation == world.generation:
-            if world.phase is Phase.ENDING:
-                run.connections.tell([name], Abort(generation=world.generation, reason=run.reason))
-            elif world.regroup is not None:
-                run.connections.tell([name], Regroup(generation=world.generation, reason=world.regroup))
-            if run.stop_reason is not None:
-                run.connections.tell([name], Stop(reason=run.stop_reason))
+        elif is_of_the_newest and run.stop_reason is not None:
+            run.connections.tell([name], Stop(reason=run.stop_reason))
         if run.state.workers[name].leaving:
             run.connections.tell([name], Leave(reason="drained on request"))
         if run.state.ended is not None and not events.is_inside(run.state, name):
@@ -177,7 +177,11 @@ class Reception:
             if may_be_the_same_later(run, ready.job):
                 self._postponed[name] = ready
             else:
-                self._refuse(connection, name, refusal)
+                refuse(run, connection, name, refusal)
+            return
+        lead = events.lead(run.state)
+        if lead is not None and lead.connected and (refusal := out_of_reach(run, name, lead.name)) is not None:
+            refuse(run, connection, name, refusal)
             return
         if events.is_inside(run.state, name) and ready.broken:
             self._decisions.rescale.noticed(now)
@@ -185,7 +189,7 @@ class Reception:
         events.ready(
             run.state, now, name, after=ready.after, broken=ready.broken, num_micro_batches=ready.num_micro_batches
         )
-        needs_a_world = run.state.ended == COMPLETE and events.is_lead(run.state, name)
+        needs_a_world = run.state.ended == COMPLETE and lead is not None and lead.name == name
         if run.state.ended is not None and not needs_a_world:
             run.connections.tell([name], End(reason=run.state.ended))
 
@@ -220,13 +224,6 @@ class Reception:
         elif is_member and bye.reason == "stopped" and state.ended is None:
             state.ended = f"stopped: {bye.text or run.stop_reason or 'a worker asked for it'}"
 
-    def _refuse(self, connection: Connection, name: str, reason: str) -> None:
-        logger.warning("worker %s is refused: %s", name, reason)
-        connection.send(Refused(reason=reason).model_dump_json())
-        connection.close(REFUSED, "refused")
-        if self._run.connections.remove(name, connection):
-            events.left(self._run.state, self._run.clock(), name)
-
     def _not_understood(self, connection: Connection, text: str | bytes, error: ValueError) -> None:
         """A worker of another version says things that this one does not know; it is told so in its own hello."""
         try:
@@ -234,7 +231,7 @@ class Reception:
         except ValueError:
             said = None
         if connection.hello is None and isinstance(said, dict) and (reason := speaks_another_version(said)):
-            self._refuse(connection, str(said.get("worker", "?"))[:300], reason)
+            refuse(self._run, connection, str(said.get("worker", "?"))[:300], reason)
             return
         logger.warning("a message was not understood: %s", str(error).replace("\n", " ")[:300])
         connection.close(BAD_MESSAGE, "a message was not understood")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from elastic_batch.coordinator import events
 from elastic_batch.coordinator.connections import Connections
 from elastic_batch.coordinator.journal import Journal, Member
 from elastic_batch.coordinator.metrics import WorldMetrics
@@ -77,11 +78,16 @@ class Run:
     @property
     def is_out_of_reach(self) -> bool:
         """Whether nobody is in the last world any more, or all of it has been out of sight for long."""
-        orphaned_at = self.state.orphaned_at
-        return orphaned_at is None or self.clock() - orphaned_at >= self.membership.orphan_grace
+        state = self.state
+        if state.world is None or not events.unaccounted(state.world):
+            return True
+        return not events.inside(state) and self.clock() - state.seen_at >= self.membership.orphan_grace
 
     def recover(self) -> None:
-        """Take up what the journal knows: the newest world counts as running, its workers as about to reconnect."""
+        """Take up what the journal knows: the newest world counts as running, its workers as about to reconnect.
+
+        Whether it came to run is not forgotten: whoever was to join it may not have the state.
+        """
         now = self.started_at = self.clock()
         state = self.state
         state.generation, members, is_over = self.journal.last_world()
@@ -93,6 +99,7 @@ class Run:
             return
         names = tuple(member.name for member in members)
         state.world = World(state.generation, names, Phase.RUNNING, now, out_of_sight=True)
+        state.holders = set(self.journal.fact("holders") or ())
         for member in members:
             self.members[member.name] = member
             state.workers[member.name] = Worker(
@@ -107,7 +114,7 @@ class Run:
 
     def met(self, hello: Hello) -> None:
         """Note what a worker says of itself."""
-        self.members[hello.worker] = Member(hello.worker, hello.slot, hello.host, hello.pid)
+        self.members[hello.worker] = Member(hello.worker, hello.slot, hello.host, hello.pid, hello.address)
 
     def member(self, name: str) -> Member:
         """What is known of a worker."""

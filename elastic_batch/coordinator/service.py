@@ -58,12 +58,16 @@ class Service:
             NoWorkers: No world started in time.
         """
         started_at = self.run.clock()
+        failure: NoWorkers | None = None
         while not self._is_done():
             self._tick()
             state, limit = self.run.state, self.run.membership.start
             if state.world is None and state.ended is None and self.run.clock() - started_at > limit:
-                raise NoWorkers(limit, self.run.reason)
+                failure = NoWorkers(limit, self.run.reason)
+                state.ended = f"stopped: {failure}"  # workers that wait are to hear of it
             await asyncio.sleep(TICK_SECONDS)
+        if failure is not None:
+            raise failure
         assert self.run.state.ended is not None
         return self.run.state.ended
 
@@ -156,10 +160,13 @@ class Service:
         """Note when nobody can be in the last world any more; tell those outside when the run is over."""
         run, state, world = self.run, self.run.state, self.run.state.world
         run.forget_the_gone()
-        if world is not None and world.generation > self._over and self._nobody_trains():
+        is_over = world is not None and (state.ended is not None or not events.unaccounted(world))
+        if world is not None and world.generation > self._over and is_over:
             self._over = world.generation
             with contextlib.suppress(JournalUnusable):
                 run.journal.world_is_over(world.generation)
+        if run.is_concluding and state.ended is None and run.is_out_of_reach:
+            state.ended = COMPLETE
         if run.stop_reason is not None and state.ended is None and not state.workers and run.is_out_of_reach:
             state.ended = f"stopped: {run.stop_reason}"
         if state.ended == COMPLETE and self._lead_waits():
@@ -178,13 +185,8 @@ class Service:
 
     def _lead_waits(self) -> bool:
         """Whether the newest world's first worker, whose user's code goes on after training, wants another world."""
-        state = self.run.state
-        return any(worker.ready and events.is_lead(state, worker.name) for worker in events.inside(state)[:1])
-
-    def _nobody_trains(self) -> bool:
-        """Whether certainly no worker is in the newest world any more, seen or unseen."""
-        state = self.run.state
-        return state.ended is not None or (state.orphaned_at is None and not events.inside(state))
+        lead = events.lead(self.run.state)
+        return lead is not None and lead.ready
 
     def _is_done(self) -> bool:
         if self._ended_at is None or not self._told_end:

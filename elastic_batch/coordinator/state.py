@@ -30,11 +30,12 @@ class MembershipConfig:
             perhaps it is the way to the coordinator that broke, and more connections will.
         settle: The same where the world is known to be broken, forms, or is left at a boundary, so that many losses are
             seen together.
-        orphan_grace: How long a lost world is waited for before another one starts without any of its members.
+        orphan_grace: How long the workers that have the newest state are waited for before a world starts without
+            any of them.
         stall: How long a worker may keep all others waiting, at least; beyond, ten median updates.
         start: How long the first world is waited for; beyond, the job fails.
         crashes: So many losses of one slot within `crash_window` cool it down. So many worlds in a row that fail to
-            form hold a worker off that never trained.
+            form hold a newcomer off.
         crash_window: See `crashes`.
         cool_down: The first time; each further one is twice as long, up to sixteen times. After as long without one it
             starts over.
@@ -78,8 +79,7 @@ class Worker:
         stage: What it is at, and since when.
         busy_until: Until then its stage is no stall.
         update: Updates committed, as it last said.
-        has_trained: Whether a world that it was in came to run.
-        failed_formings: How many worlds in a row failed to form with it though nobody was lost.
+        failed_formings: How many worlds in a row failed to form, perhaps by its fault, though nobody was lost.
     """
 
     name: str
@@ -97,7 +97,6 @@ class Worker:
     stage_since: float = 0.0
     busy_until: float = 0.0
     update: int = 0
-    has_trained: bool = False
     failed_formings: int = 0
 
 
@@ -123,7 +122,7 @@ class World:
         regroup: Why its workers were asked to leave it at a boundary; None: they were not.
         boundary_since: When the first of them did.
         left: Workers that left it in good order.
-        certainly_gone: Workers whose processes were seen to end.
+        certainly_gone: Workers that said goodbye, or whose processes were seen to end.
         probed_at: When its workers were last asked whether they miss others.
         out_of_sight: Whether most of its workers went out of sight together, perhaps since a coordinator before this
             one: those that are missing may still come back.
@@ -154,7 +153,8 @@ class State:
         generation: The greatest number that any world had.
         num_micro_batches: Of the next update; 0: not known yet.
         ended: Why the job is over; None: it is not.
-        orphaned_at: When the last worker of the last world was lost, which may train on unseen; None: none may.
+        holders: Workers that have the newest state, unseen ones included.
+        seen_at: When one of them or of the newest world's workers last came or went.
         crashes: Slot -> times of its losses within the window.
         cooling: Slot -> until when it is held off.
         cool_downs: Slot -> how often in a row it was held off.
@@ -166,7 +166,8 @@ class State:
     generation: int = 0
     num_micro_batches: int = 0
     ended: str | None = None
-    orphaned_at: float | None = None
+    holders: set[str] = field(default_factory=set)
+    seen_at: float = -math.inf
     crashes: dict[str, list[float]] = field(default_factory=dict)
     cooling: dict[str, float] = field(default_factory=dict)
     cool_downs: dict[str, int] = field(default_factory=dict)

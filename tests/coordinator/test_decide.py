@@ -366,7 +366,6 @@ def test_a_world_that_comes_back_into_sight_goes_on_in_the_same_generation() -> 
     assert back(service, "a")
     assert service.after(30) == [BACK]
     assert (service.world.generation, service.runs) == (1, ("a", "b"))
-    assert service.state.orphaned_at is None
 
 
 def test_no_one_is_waited_for_whose_process_was_seen_to_exit() -> None:
@@ -623,3 +622,134 @@ def test_a_worker_that_never_says_goodbye_is_given_up() -> None:
     [formed] = service.after(service.config.orphan_grace + 1)
     assert isinstance(formed, FormWorld)
     assert formed.members == ("n",)
+
+
+def _forming_with_a_joiner(config: MembershipConfig = FOUR) -> Service:
+    """Worker a trained alone; a world of it and b, who has no state yet, forms."""
+    service = running("a", config=config)
+    service.join("b")
+    service.all_ready()
+    assert service.world.members == ("a", "b")
+    return service
+
+
+def test_a_joiner_without_the_state_waits_for_whoever_has_it() -> None:
+    service = _forming_with_a_joiner()
+    service.disconnect("a")
+    assert [type(decision) for decision in service.after(0.021)] == [Evict, EndWorld]
+    service.ready("b", broken=True)
+    assert service.settle() == []
+    assert "have the newest state are out of sight" in service.reason
+    service.after(0.04)
+    assert not back(service, "a")
+    service.ready("a", broken=True)
+    assert service.settle() == [FormWorld(("a", "b"), "2 workers: the same as before")]
+
+
+def test_without_whoever_has_the_state_a_joiner_starts_after_the_grace() -> None:
+    service = _forming_with_a_joiner()
+    service.disconnect("a")
+    service.after(0.021)
+    service.ready("b", broken=True)
+    assert service.after(59.9) == []
+    assert service.after(0.2) == [FormWorld(("b",), "1 workers: a gone")]
+
+
+def test_nobody_waits_for_the_state_of_a_worker_that_is_seen_to_end() -> None:
+    service = _forming_with_a_joiner()
+    service.exit("a")
+    service.ready("b", broken=True)
+    assert service.settle() == [FormWorld(("b",), "1 workers: a gone")]
+
+
+def test_whoever_has_the_state_may_come_late_out_of_a_world_that_did_not_form() -> None:
+    service = _forming_with_a_joiner()
+    service.ready("b", broken=True)
+    assert [type(decision) for decision in service.settle()] == [EndWorld]
+    assert [type(decision) for decision in service.after(10.1)] == [Evict]
+    assert not back(service, "a")
+    service.after(5)
+    service.ready("a", broken=True)
+    assert service.settle() == [FormWorld(("a", "b"), "2 workers: the same as before")]
+
+
+def test_a_worker_that_saves_the_state_is_waited_for_though_a_joiner_waits() -> None:
+    service = _forming_with_a_joiner()
+    events.leaving(service.state, "a")
+    service.ready("b", broken=True)
+    service.ready("a", broken=True)
+    assert [type(decision) for decision in service.settle()] == [EndWorld]
+    service.beat("a", "wait", busy=600)
+    assert service.after(100) == []
+    events.left(service.state, service.now, "a")
+    assert service.settle() == [FormWorld(("b",), "1 workers: a gone")]
+
+
+def test_a_joiner_has_the_state_once_it_entered() -> None:
+    service = _forming_with_a_joiner()
+    service.disconnect("a")
+    service.after(0.021)
+    service.enter("b")  # it was under way
+    service.ready("b", broken=True)
+    assert service.settle() == [FormWorld(("b",), "1 workers: a gone")]
+
+
+def test_whoever_has_the_state_is_in_a_world_that_has_room_for_one() -> None:
+    service = _forming_with_a_joiner()
+    service.disconnect("a")
+    service.after(0.021)
+    service.ready("b", broken=True)
+    service.config = replace(service.config, max_workers=1)
+    back(service, "a")
+    service.ready("a", broken=True)
+    assert service.settle() == [FormWorld(("a",), "1 workers: b gone")]
+
+
+def test_whoever_has_the_state_is_not_held_off_for_losing_its_connection() -> None:
+    service = _forming_with_a_joiner()
+    for _ in range(4):  # the first time in another slot
+        service.disconnect("a")
+        service.after(0.021)
+        back(service, "a")
+    assert "a" in service.state.cooling
+    service.ready("b", broken=True)
+    service.ready("a", broken=True)
+    assert service.settle() == [FormWorld(("a", "b"), "2 workers: the same as before")]
+
+
+def test_a_world_that_may_train_unseen_is_waited_for_though_another_one_has_the_state() -> None:
+    service = running("a", "b", micro_batches=2, config=FOUR)
+    service.beat("a", update=2, micro_batches=1)
+    service.settle()
+    service.all_ready(micro_batches=1)
+    assert service.world.members == ("a",)
+    service.disconnect("a")
+    service.after(0.1)
+    assert service.after(59.9) == []
+    assert service.after(0.2) == [FormWorld(("b",), "1 workers: b joined; a gone")]
+
+
+def test_a_newcomer_is_held_off_though_whoever_has_the_state_was_given_up_before() -> None:
+    service = _forming_with_a_joiner()
+    service.disconnect("a")
+    service.after(0.021)
+    service.ready("b", broken=True)
+    back(service, "a")
+    service.ready("a", broken=True)
+    service.settle()
+    for _ in range(3):
+        assert service.world.members == ("a", "b")
+        service.ready("b", broken=True)
+        service.settle()
+        service.ready("a", broken=True)
+        service.settle()
+    assert service.world.members == ("a",)
+
+
+def test_a_ready_from_before_a_worker_heard_of_its_world_changes_nothing() -> None:
+    service = _forming_with_a_joiner()
+    service.ready("b", after=-1)
+    service.ready("a", after=1)
+    assert service.settle() == []
+    assert service.enter() == []
+    assert service.runs == ("a", "b")

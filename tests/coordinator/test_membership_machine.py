@@ -21,6 +21,7 @@ from elastic_batch.protocol import Abort, Beat, Bye, Entered, Form, FromCoordina
 NUM_MICRO_BATCHES = 3
 MOST_WORKERS = 5
 SLOTS = 3
+NOTHING = (-1, 0)
 ToCoordinator = Hello | Ready | Entered | Beat | Bye | Leaving
 
 
@@ -45,7 +46,8 @@ class Process:
     """`waiting` for a world, `forming` it, `training` in it, or `gone`."""
     generation: int = -1
     members: tuple[str, ...] = ()
-    is_ready_said: bool = False
+    state: tuple[int, int] = NOTHING
+    """Of its model: the generation that made it, and the updates in it."""
     came_out_broken: bool = False
     wants_regroup: bool = False
     leaves: bool = False
@@ -101,8 +103,14 @@ class Membership(RuleBasedStateMachine):
         self.entered: dict[int, set[str]] = {}
         self.worlds: dict[int, tuple[str, ...]] = {}
         self.taken_up: set[int] = set()
+        self.known_to_run: set[int] = set()
         self.seen_at: dict[int, float] = {}
+        self.shown_at: dict[str, float] = {}
+        self.given_up: set[str] = set()
+        self.known_gone: set[str] = set()
+        self.saved = NOTHING
         self.journal: tuple[int, tuple[str, ...]] = (0, ())
+        self.journal_holders: set[str] = set()
         self.num_started = 0
         self.service = Service(MembershipConfig())
 
@@ -149,12 +157,14 @@ class Membership(RuleBasedStateMachine):
         self.look()
 
     def look(self) -> None:
-        """Remember when the coordinator last saw some worker of its world."""
-        world = self.service.state.world
-        if world is not None and any(worker.connected for worker in events.inside(self.service.state)):
+        """Remember when the coordinator last saw some worker of its world, and each of them."""
+        world, inner = self.service.state.world, events.inside(self.service.state)
+        if world is not None and any(worker.connected for worker in inner):
             self.seen_at[world.generation] = self.service.now
+        self.shown_at.update({worker.name: self.service.now for worker in inner})
 
     def before(self, decision: Decision) -> None:
+        self.look()
         if isinstance(decision, FormWorld):
             assert len(decision.members) == len(set(decision.members)) <= self.service.config.max_workers
             assert len(decision.members) >= self.service.config.min_workers
@@ -162,6 +172,18 @@ class Membership(RuleBasedStateMachine):
                 if self.could_commit(generation, members):
                     unseen = self.service.now - self.seen_at.get(generation, 0)
                     assert unseen >= self.service.config.orphan_grace, (generation, members, decision)
+            self.see_that_no_state_is_lost(decision)
+
+    def see_that_no_state_is_lost(self, decision: FormWorld) -> None:
+        """A world has the newest state if that is not saved, or those that have it have been out of sight for long."""
+        able = [each for each in self.processes.values() if each.name not in self.given_up]
+        newest = max((each.state for each in able), default=NOTHING)
+        holders = {each.name for each in able if each.state == newest > self.saved and each.name not in self.known_gone}
+        is_known = newest[0] in self.known_to_run or newest[0] in self.taken_up
+        if is_known and holders and holders.isdisjoint(decision.members):
+            unseen = self.service.now - max(self.shown_at[name] for name in holders)
+            assert unseen >= self.service.config.orphan_grace, (holders, decision)
+            self.given_up |= holders
 
     def could_commit(self, generation: int, members: tuple[str, ...]) -> bool:
         """Whether a world's workers, all of them, may still train in it."""
@@ -228,6 +250,9 @@ class Membership(RuleBasedStateMachine):
                 )
             case Entered() as entered if wire.is_known:
                 events.entered(state, now, name, entered.generation)
+                if state.world is not None and state.world.phase is Phase.RUNNING:
+                    self.journal_holders = state.holders.copy()
+                    self.known_to_run.add(state.generation)
             case Beat() as beat if wire.is_known:
                 events.beat(
                     state, now, name, stage="compute", update=1, busy=0, num_micro_batches=beat.num_micro_batches
@@ -264,7 +289,7 @@ class Membership(RuleBasedStateMachine):
         """The worker's training thread does what it can."""
         if process.at not in ("forming", "training"):
             if process.leaves and process.at == "waiting":
-                process.come_out(broken=False)
+                self.come_out(process, broken=False)
             return
         generation = process.generation
         others = [self.processes[name] for name in process.members]
@@ -273,19 +298,30 @@ class Membership(RuleBasedStateMachine):
             and any(other.generation != generation or other.at in ("waiting", "gone") for other in others)
             and not any(other.generation < generation and other.lives for other in others)  # they may still come
         ):
-            process.come_out(broken=True)
+            self.come_out(process, broken=True)
         elif process.at == "forming":
             if all(other.generation == generation for other in others):
                 process.at = "training"
+                process.state = max(other.state for other in others)
+                self.given_up.discard(process.name)
                 self.entered.setdefault(generation, set()).add(process.name)
                 process.say(Entered(generation=generation))
         elif generation in self.left_at_boundary:
-            process.come_out(broken=False)
+            self.come_out(process, broken=False)
         elif all(other.at == "training" and not other.is_stopped and not other.is_aborted for other in others) and any(
             other.leaves or other.wants_regroup for other in others
         ):
             self.left_at_boundary.add(generation)
-            process.come_out(broken=False)
+            self.come_out(process, broken=False)
+        elif all(other.at == "training" and not other.is_stopped and not other.is_aborted for other in others):
+            committed = generation, process.state[1] + 1
+            for other in others:
+                other.state = committed
+
+    def come_out(self, process: Process, *, broken: bool) -> None:
+        process.come_out(broken=broken)
+        if not process.lives:
+            self.saved = max(self.saved, process.state)
 
     def some(self, number: int, *, lives: bool = True) -> Process | None:
         found = [process for process in self.processes.values() if process.lives == lives]
@@ -356,8 +392,8 @@ class Membership(RuleBasedStateMachine):
             self.report_exit(process)
 
     def report_exit(self, process: Process) -> None:
-        if process.wire is not None:
-            process.wire = None
+        process.wire = None
+        self.known_gone.add(process.name)
         events.exited(self.service.state, self.service.now, process.name, self.service.config)
         self.settle()
 
@@ -399,7 +435,7 @@ class Membership(RuleBasedStateMachine):
         for process in self.processes.values():
             process.wire = None
         generation, members = self.journal
-        service.state = State(generation=generation)
+        service.state = State(generation=generation, holders=self.journal_holders.copy())
         self.seen_at[generation] = service.now
         if generation and keeps_members:
             self.taken_up.add(generation)
@@ -409,7 +445,8 @@ class Membership(RuleBasedStateMachine):
                     name, name, False, disconnected_at=service.now, generation=generation
                 )
         elif generation:
-            service.state.orphaned_at = service.now
+            service.state.holders = service.state.holders or set(members)
+            service.state.seen_at = service.now
         self.settle()
 
     @rule(seconds=st.sampled_from([0.01, 0.1, 1.0, 3.5, 12.0, 25.0]), hears=st.booleans())
@@ -439,10 +476,11 @@ class Membership(RuleBasedStateMachine):
         assert all(worker.generation <= self.service.state.generation for worker in self.service.state.workers.values())
 
     @invariant()
-    def nothing_is_left_to_decide(self) -> None:
+    def all_of_a_running_world_count_as_having_the_state(self) -> None:
         state = self.service.state
-        if state.orphaned_at is not None:
-            assert not any(worker.connected for worker in events.inside(state)) or state.world is not None
+        world = state.world
+        if world is not None and world.phase is Phase.RUNNING and world.generation not in self.taken_up:
+            assert state.holders == events.unaccounted(world)
 
     def teardown(self) -> None:
         """When nothing more happens to them, the workers that live train, within the sum of the bounds."""
@@ -519,4 +557,5 @@ def test_long_walks_among_faults_end_in_one_world(seed: int) -> None:
                 machine.all_go_on(1)
         machine.a_running_world_was_entered_by_all()
         machine.nobody_counts_twice()
+        machine.all_of_a_running_world_count_as_having_the_state()
     machine.teardown()

@@ -124,13 +124,15 @@ def test_a_restarted_coordinator_knows_that_a_joiner_has_no_state_yet(tmp_path: 
             await a.ready((await a.hear(Regroup)).generation)
             form = await b.hear(Form)
         same: dict[str, Any] = {"generation": form.generation, "members": form.members}
-        async with serving(tmp_path, reconnect_grace=0.1, orphan_grace=1000.0) as second:
-            async with connected(tmp_path, "b", **same) as b:
-                await b.ready(form.generation, broken=True)
-                await second.until(lambda status: "have the newest state" in status["reason"])
-                async with connected(tmp_path, "a", **same) as a:
-                    await a.ready(form.generation, broken=True)
-                    assert (await b.hear(Form)).members == ("a", "b")
+        async with (
+            serving(tmp_path, reconnect_grace=0.1, orphan_grace=1000.0) as second,
+            connected(tmp_path, "b", **same) as b,
+        ):
+            await b.ready(form.generation, broken=True)
+            await second.until(lambda status: "have the newest state" in status["reason"])
+            async with connected(tmp_path, "a", **same) as a:
+                await a.ready(form.generation, broken=True)
+                assert (await b.hear(Form)).members == ("a", "b")
 
     uvloop.run(scenario())
 
