@@ -9,8 +9,8 @@ from importlib import import_module
 import torch
 
 from elastic_batch.engines.distributed import DistributedEngine
+from elastic_batch.engines.formation import Formation
 from elastic_batch.engines.protocol import Departure, Engine, FixedWorld, Handle, Membership, Stage, Standing, Wishes
-from elastic_batch.engines.sockets import Formation
 from elastic_batch.engines.solo import SoloEngine
 from elastic_batch.launchers import LaunchedWorld, launched_world
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import cache
@@ -17,8 +19,19 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store
 from torch.distributed.rendezvous import rendezvous
 
+from elastic_batch.engines.formation import Formation
+from elastic_batch.engines.meeting import MeetingStore
 from elastic_batch.engines.protocol import Handle
-from elastic_batch.engines.sockets import Descriptors, Formation, any_ended, open_sockets, opened_since, shut_down
+from elastic_batch.engines.sockets import (
+    ANY_PORT,
+    Address,
+    Descriptors,
+    any_ended,
+    listening,
+    open_sockets,
+    opened_since,
+    shut_down,
+)
 from elastic_batch.errors import WorldBroken
 from elastic_batch.launchers import LaunchedWorld
 
@@ -28,6 +41,8 @@ another's."""
 _LOOK_AROUND = timedelta(seconds=0.5)
 """How often a wait looks whether the world was aborted. It ends by itself, at once, when connections do, but gloo may
 lose an operation whose connection breaks while it is handed on: its wait would last for the whole timeout."""
+_GLOO_PATIENCE = 5
+"""As many of its timeouts gloo waits for a first connection."""
 _ENDING_SECONDS = 0.1
 """How long the collectives of an aborted world may take to end before they are left to themselves."""
 
@@ -39,7 +54,7 @@ class DistributedEngine:
         group: The process group or backend of torch.distributed, for this engine alone.
         backend: gloo or nccl.
         generation: Which world this is.
-        sockets: What was opened while the group formed; `abort` shuts it down.
+        sockets: The group's connections; `abort` shuts them down.
     """
 
     def __init__(self, group: Any, backend: str, generation: int, sockets: Descriptors | None = None) -> None:
@@ -67,8 +82,9 @@ class DistributedEngine:
             WorldBroken: The others did not come within `timeout`.
         """
         backend = "nccl" if device.type == "cuda" else "gloo"
-        before = open_sockets()
-        try:
+
+        def connect() -> DistributedEngine:
+            before = open_sockets()
             if not dist.is_initialized():
                 assert world is not None
                 store, _, _ = next(rendezvous(world.init_method, world.rank, world.size, timeout=timeout))
@@ -84,9 +100,9 @@ class DistributedEngine:
             group = dist.new_group(backend=backend, timeout=timeout)
             assert isinstance(group, dist.ProcessGroup)
             dist.all_reduce(torch.zeros(1, device=device), group=group)
-        except (RuntimeError, ValueError) as error:
-            raise WorldBroken(f"the world could not be formed: {_first_line(error)}", 0) from None
-        return cls(group, backend, generation=0, sockets=opened_since(before))
+            return cls(group, backend, generation=0, sockets=opened_since(before))
+
+        return cls._made_by(connect, Formation(), 0, device, timeout)
 
     @classmethod
     def form(
@@ -112,26 +128,58 @@ class DistributedEngine:
             generation: Which world this is.
             device: Where the model lives: NCCL for CUDA, else gloo.
             address: This host's, as the others can reach it.
-            forming_timeout: How long to wait for each of the others while the world forms.
+            forming_timeout: How long to wait until the world has formed.
             timeout: How long to wait in each collective.
 
         Raises:
-            WorldBroken: The forming was broken off, the store was withdrawn, or a worker did not come.
+            WorldBroken: The forming was broken off, the store was withdrawn, or a worker did not come or died.
         """
         backend = "nccl" if device.type == "cuda" else "gloo"
-        try:
+
+        def connect() -> DistributedEngine:
+            here = _hosts(address) if backend == "nccl" else _gloo_device(address)[1]
+            meeting = MeetingStore(store, here)
+            formation.expect(here, meeting.peers)
             if backend == "nccl":
+                meeting.introduce(rank, size)
                 group = _nccl_group(store, rank, size, device, forming_timeout)
             else:
-                group = _gloo_group(store, rank, size, address, forming_timeout)
+                group = _gloo_group(meeting, rank, size, address, forming_timeout)
             engine = cls(group, backend, generation, formation.sockets())
-            if formation.is_aborted:
-                engine.abort()
-            engine.all_reduce(torch.zeros(1, device=device)).wait()  # NCCL connects at the first collective
-            group._set_default_timeout(timeout)
-        except (RuntimeError, ValueError, OSError) as error:
+            try:
+                if formation.is_aborted:  # these connections may be younger than the abort
+                    engine.abort()
+                engine.all_reduce(torch.zeros(1, device=device)).wait()  # NCCL connects at the first collective
+                group._set_default_timeout(timeout)
+            except BaseException:
+                _undo(engine)
+                raise
+            return engine
+
+        return cls._made_by(connect, formation, generation, device, forming_timeout)
+
+    @classmethod
+    def _made_by(
+        cls,
+        connect: Callable[[], DistributedEngine],
+        formation: Formation,
+        generation: int,
+        device: torch.device,
+        timeout: timedelta,
+    ) -> DistributedEngine:
+        current = torch.cuda.current_device() if device.type == "cuda" else None
+
+        def connect_on_device() -> DistributedEngine:
+            if current is not None:
+                torch.cuda.set_device(current)  # each thread has one of its own
+            return connect()
+
+        try:
+            return formation.run(connect_on_device, undo=_undo, timeout=timeout)
+        except (RuntimeError, ValueError, OSError, WorldBroken) as error:
+            # Who comes too late, or is still waited for, must not meet the next world.
+            _gloo_device.cache_clear()
             raise WorldBroken(f"the world could not be formed: {_first_line(error)}", generation) from None
-        return engine
 
     def all_reduce(self, tensor: Tensor) -> Handle:
         return self._launch("allreduce", tensor, dist.AllreduceOptions())
@@ -224,21 +272,35 @@ def _outlive(group: object, works: list[dist.Work]) -> None:
             work.wait()
 
 
+def _undo(engine: DistributedEngine) -> None:
+    engine.abort()
+    engine.close()
+
+
 def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
+    return error.reason if isinstance(error, WorldBroken) else str(error).partition("\n")[0]
+
+
+def _hosts(address: str) -> list[Address]:
+    """NCCL listens at ports that it keeps for itself."""
+    return [(str(host), ANY_PORT) for *_, (host, *_) in socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)]
 
 
 def _gloo_group(store: Store, rank: int, size: int, address: str, timeout: timedelta) -> Any:
     options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # not in torch's stubs
-    options._timeout = timeout
-    options._devices = [_gloo_device(address)]
-    return ProcessGroupGloo(store, rank, size, options)
+    options._timeout = timeout / _GLOO_PATIENCE
+    options._devices = [_gloo_device(address)[0]]
+    group = ProcessGroupGloo(store, rank, size, options)
+    group._set_default_timeout(timeout)
+    return group
 
 
 @cache
-def _gloo_device(address: str) -> Any:
-    """One for each address in a process's life: it has a thread of its own."""
-    return ProcessGroupGloo.create_device(hostname=address)
+def _gloo_device(address: str) -> tuple[Any, list[Address]]:
+    """One for each address until a forming fails, since it has a thread of its own; and where it listens."""
+    before = open_sockets()
+    device = ProcessGroupGloo.create_device(hostname=address)
+    return device, listening(opened_since(before))
 
 
 def _nccl_group(store: Store, rank: int, size: int, device: torch.device, timeout: timedelta) -> Any:

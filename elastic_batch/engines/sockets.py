@@ -1,4 +1,4 @@
-"""The connections that a process group opened: found while it forms, shut down when its world has to end."""
+"""The connections of a process group: found while it forms, shut down when its world has to end."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import os
 import select
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 
 Descriptors = dict[int, int]
 """Descriptor -> inode of the socket behind it; a number that was given to another socket since is told by that."""
+Address = tuple[str, int]
+"""Host and port, in numbers."""
+ANY_PORT = 0
 
 
 def open_sockets() -> Descriptors:
@@ -30,34 +33,25 @@ def opened_since(before: Descriptors) -> Descriptors:
     return {number: inode for number, inode in now.items() if before.get(number) != inode}
 
 
-class Formation:
-    """The forming of a process group, which another thread may break off.
+def listening(descriptors: Descriptors) -> list[Address]:
+    """Where those of some sockets that listen can be reached."""
+    found = []
+    for number in descriptors:
+        with suppress(OSError), _borrowed(number) as connection:
+            if _is_listening(connection):
+                found.append(connection.getsockname()[:2])
+    return found
 
-    Args:
-        foreign: Gives the inode of a socket that may be opened meanwhile for something else; None: there is none.
-    """
 
-    def __init__(self, foreign: Callable[[], int | None] = lambda: None) -> None:
-        self._foreign = foreign
-        self._before = open_sockets()
-        self._aborted = False
-
-    def abort(self) -> None:
-        """Make the forming fail soon. Never blocks."""
-        self._aborted = True
-        shut_down(self.sockets())
-
-    def probe(self) -> None:
-        """What is missing while connections are made is missed by who makes them."""
-
-    def sockets(self) -> Descriptors:
-        """What was opened since it began."""
-        foreign = self._foreign()
-        return {number: inode for number, inode in opened_since(self._before).items() if inode != foreign}
-
-    @property
-    def is_aborted(self) -> bool:
-        return self._aborted
+def connections_between(descriptors: Descriptors, here: Collection[Address], peers: Collection[Address]) -> Descriptors:
+    """Those of some sockets that were accepted at one of our addresses, or lead to one of our peers'."""
+    found = {}
+    for number, inode in descriptors.items():
+        with suppress(OSError), _borrowed(number) as connection:  # it is closed again, or not connected
+            host, port = connection.getpeername()[:2]
+            if connection.getsockname()[:2] in here or (host, port) in peers or (host, ANY_PORT) in peers:
+                found[number] = inode
+    return found
 
 
 def shut_down(descriptors: Descriptors) -> None:
@@ -65,8 +59,7 @@ def shut_down(descriptors: Descriptors) -> None:
     for number, inode in descriptors.items():
         with suppress(OSError), _borrowed(number) as connection:
             # gloo ends the process when its listening socket fails.
-            is_listening = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-            if os.fstat(connection.fileno()).st_ino == inode and not is_listening:
+            if os.fstat(connection.fileno()).st_ino == inode and not _is_listening(connection):
                 connection.shutdown(socket.SHUT_RDWR)
 
 
@@ -88,6 +81,10 @@ def any_ended(descriptors: Descriptors) -> bool:
 def _is_network_socket(number: int) -> bool:
     with _borrowed(number) as connection:
         return connection.family in (socket.AF_INET, socket.AF_INET6)
+
+
+def _is_listening(connection: socket.socket) -> bool:
+    return bool(connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
 @contextmanager

@@ -77,14 +77,12 @@ class Connection:
         name: This worker's name.
         address: Where the other workers reach it, as it last told the coordinator.
         condition: For people: how the connection is.
-        inode: Of the newest connection's socket; None before the first.
     """
 
     def __init__(self, credentials: Credentials, listener: Listener) -> None:
         self.name = credentials.name
         self.address = ""
         self.condition = "not connected"
-        self.inode: int | None = None
         self._credentials = credentials
         self._listener = listener
         self._loop = asyncio.new_event_loop()
@@ -215,7 +213,6 @@ class Connection:
         ) as connection:
             # Else a beat that a cut cable swallowed is sent again ever more rarely, for a quarter of an hour.
             wire: socket.socket = connection.transport.get_extra_info("socket")
-            self.inode = os.fstat(wire.fileno()).st_ino
             wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * _UNANSWERED_SECONDS))
             await connection.send(self._hello(connection).model_dump_json())
             async with asyncio.timeout(_UNANSWERED_SECONDS):

@@ -235,7 +235,7 @@ class Session:
                     patience = _PATIENCE_SECONDS
             self._form, self._ready = None, None
             self._generation, self._members = form.generation, form.members
-            self._engine = Formation(lambda: self._connection.inode)  # which may be made anew meanwhile
+            self._engine = Formation()
         return form
 
     def _see_whether_in_vain(self, away: float) -> None:

@@ -23,7 +23,7 @@ class SessionStore(Store):
 
     Args:
         ask: Sends a request of this generation.
-        timeout: How long a wait lasts where torch says nothing else.
+        timeout: How long a wait lasts, unless torch wants a longer one: gloo gives what it waits for a connection.
     """
 
     def __init__(self, ask: Ask, timeout: timedelta) -> None:
@@ -51,7 +51,8 @@ class SessionStore(Store):
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         missing = [key for key in keys if key not in self._at_hand]
         if missing:
-            self._at_hand.update(zip(missing, self._wait_for(missing, timeout or self._timeout), strict=True))
+            longest = max(timeout or self._timeout, self._timeout)
+            self._at_hand.update(zip(missing, self._wait_for(missing, longest), strict=True))
 
     def multi_get(self, keys: list[str]) -> list[bytes]:
         for key in keys:

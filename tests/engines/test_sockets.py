@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from elastic_batch.engines import Formation
-from elastic_batch.engines.sockets import any_ended, open_sockets, opened_since, shut_down
+from elastic_batch.engines.sockets import (
+    ANY_PORT,
+    Address,
+    any_ended,
+    connections_between,
+    listening,
+    open_sockets,
+    opened_since,
+    shut_down,
+)
 
 
 def _connected() -> tuple[socket.socket, socket.socket, socket.socket]:
@@ -19,10 +28,11 @@ def _connected() -> tuple[socket.socket, socket.socket, socket.socket]:
     return server, client, accepted
 
 
-def test_connections_opened_since_are_shut_down_and_older_ones_are_not() -> None:
+def test_a_world_s_connections_are_shut_down_and_older_ones_are_not() -> None:
     old_server, old_client, old_accepted = _connected()
     formation = Formation()
     server, client, accepted = _connected()
+    formation.expect([old_server.getsockname(), server.getsockname()], [])
     formation.abort()
     assert formation.is_aborted
     assert client.recv(1) == b""
@@ -33,13 +43,41 @@ def test_connections_opened_since_are_shut_down_and_older_ones_are_not() -> None
         each.close()
 
 
-def test_a_connection_for_something_else_that_is_made_meanwhile_is_left_alone() -> None:
-    foreign: list[int] = []
-    formation = Formation(lambda: foreign[-1] if foreign else None)
+def test_nothing_is_the_world_s_before_it_is_known_where_its_workers_listen() -> None:
+    formation = Formation()
     server, client, accepted = _connected()
-    foreign.append(os.fstat(client.fileno()).st_ino)
-    assert formation.sockets().keys() == {server.fileno(), accepted.fileno()}
+    formation.abort()
+    accepted.send(b"x")
+    assert client.recv(1) == b"x"
     for each in (server, client, accepted):
+        each.close()
+
+
+@pytest.mark.parametrize(
+    ("here", "peers", "found"),
+    [
+        ([], [], set()),
+        ([("127.0.0.1", 1)], [("127.0.0.1", 2), ("127.0.0.9", ANY_PORT)], set()),
+        (["its"], [], {"accepted"}),
+        ([], ["its"], {"client"}),
+        ([], [("127.0.0.1", ANY_PORT)], {"client", "accepted"}),
+    ],
+)
+def test_connections_for_something_else_that_are_made_meanwhile_are_left_alone(
+    here: list[Address | str], peers: list[Address | str], found: set[str]
+) -> None:
+    before = open_sockets()
+    server, client, accepted = _connected()
+    unconnected = socket.socket()
+    its: Address = server.getsockname()
+    assert listening(opened_since(before)) == [its]
+    ours = connections_between(
+        opened_since(before),
+        [its if isinstance(each, str) else each for each in here],
+        [its if isinstance(each, str) else each for each in peers],
+    )
+    assert ours.keys() == {{"client": client, "accepted": accepted}[name].fileno() for name in found}
+    for each in (server, client, accepted, unconnected):
         each.close()
 
 

@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from elastic_batch.engines import DistributedEngine, Formation
 from elastic_batch.engines.distributed import _gloo_group
+from elastic_batch.engines.sockets import open_sockets, opened_since
 
 WARM_UP = 20
 TIMEOUT = timedelta(seconds=60)
@@ -39,13 +40,13 @@ class Worlds:
         """This worker's engine in the next world."""
         meeting, size = PrefixStore(str(generation), store), len(self.devices)
         device = torch.device(self.devices[rank])
-        formation = Formation()
+        before = open_sockets()
         if self.backend == "gloo" and device.type == "cuda":  # two NCCL workers cannot share a GPU
             group = _gloo_group(meeting, rank, size, "127.0.0.1", TIMEOUT)
-            return DistributedEngine(group, "gloo", generation, formation.sockets())
+            return DistributedEngine(group, "gloo", generation, opened_since(before))
         return DistributedEngine.form(
             meeting,
-            formation,
+            Formation(),
             rank=rank,
             size=size,
             generation=generation,

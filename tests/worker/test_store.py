@@ -78,6 +78,18 @@ def test_a_value_is_taken_from_memory_once(mine: SessionStore, others: SessionSt
     assert mine.get("a") == b"new"
 
 
+@pytest.mark.parametrize(("wanted", "waited"), [(None, 1.0), (SOON / 5, 1.0), (3 * SOON, 3.0)])
+def test_a_wait_lasts_at_least_as_long_as_the_store_was_told(wanted: timedelta | None, waited: float) -> None:
+    asked: list[float] = []
+
+    def ask(*, wait_seconds: float, **_: Any) -> StoreReply:
+        asked.append(wait_seconds)
+        return StoreReply(request=0, values=("",))
+
+    SessionStore(ask, SOON).wait(["a"], wanted)
+    assert asked == [waited]
+
+
 @pytest.mark.parametrize("change", ["add", "append", "compare_set", "delete_key"])
 def test_a_change_of_one_s_own_is_never_missed(mine: SessionStore, change: str) -> None:
     mine.set("a", b"1")
