@@ -93,7 +93,7 @@ class CoordinatorClient:
                 require_reachable(announced.url, announced.host)
             return cls(url or announced.url, announced.token, announced.tls_cert, run_dir)
         if url is not None and token_file is not None:
-            return cls(url, _read_token(token_file))
+            return cls(url, *_read_token(token_file))
         if run_dir is not None:
             raise InvalidSetting("--run-dir", str(run_dir), "must hold the coordinator.json of an elastic run")
         if url is not None:
@@ -162,9 +162,11 @@ def _reason(answer: httpx.Response) -> str:
         return f"status {answer.status_code}"
 
 
-def _read_token(path: Path) -> str:
+def _read_token(path: Path) -> tuple[str, str | None]:
+    """The token, and the certificate to trust if the file is a coordinator's announcement."""
     try:
         text = path.read_text(encoding="utf-8").strip()
-        return str(json.loads(text)["token"]) if text.startswith("{") else text
+        found = json.loads(text) if text.startswith("{") else {"token": text}
+        return str(found["token"]), found.get("tls_cert")
     except (OSError, ValueError, KeyError) as error:
         raise InvalidSetting("--token-file", str(path), f"must be readable and hold the token ({error})") from error

@@ -103,7 +103,9 @@ class Credentials:
         if not announced and self.url is None:
             raise FileNotFoundError(f"{self.run_dir} has no {ANNOUNCEMENT} yet")
         url = self.url or announced.get("url")
-        token = announced.get("token") if self.token_file is None else _token(self.token_file)
+        # An announcement as the token's file says which certificate to trust, too.
+        announced |= _token(self.token_file) if self.token_file is not None else {}
+        token = announced.get("token")
         if not url or not token:
             raise InvalidSetting(COORDINATOR, url, "must be known, and its token too", f"Give {COORDINATOR}")
         return Door(url, token, announced.get("tls_cert"))
@@ -128,13 +130,14 @@ def _announcement(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _token(path: Path) -> str:
+def _token(path: Path) -> dict[str, Any]:
+    """A file with the token alone, or an announcement."""
     try:
         text = path.read_text(encoding="utf-8").strip()
     except OSError as error:
         _raise_if_passing(error)
         raise InvalidSetting(TOKEN_FILE, path, f"must be readable ({error.strerror})") from None
-    return str(_announcement(path).get("token", "")) if text.startswith("{") else text
+    return _announcement(path) if text.startswith("{") else {"token": text}
 
 
 def _raise_if_passing(error: OSError | ValueError) -> None:

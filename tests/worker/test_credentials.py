@@ -31,10 +31,10 @@ def test_an_address_and_a_file_with_the_token_do(tmp_path: Path) -> None:
 
 
 def test_the_announcement_may_be_the_token_s_file(tmp_path: Path) -> None:
-    _announce(tmp_path)
-    file = str(tmp_path / "coordinator.json")
-    environ = {"ELASTIC_BATCH_COORDINATOR": "http://host:1", "ELASTIC_BATCH_TOKEN_FILE": file}
-    assert Credentials.from_environment(environ).door().token == "secret"
+    file = tmp_path / "coordinator.json"
+    file.write_text(json.dumps({"url": "https://other:1", "token": "secret", "tls_cert": "/cert.pem"}))
+    environ = {"ELASTIC_BATCH_COORDINATOR": "https://host:1", "ELASTIC_BATCH_TOKEN_FILE": str(file)}
+    assert Credentials.from_environment(environ).door() == Door("https://host:1", "secret", "/cert.pem")
 
 
 def test_a_coordinator_that_has_not_come_yet_is_waited_for(tmp_path: Path) -> None:
