@@ -62,7 +62,7 @@ class DistributedEngine:
         self._backend = backend
         self._sockets = sockets or {}
         self._aborted = False
-        self._works: deque[dist.Work] = deque(maxlen=64)  # the last ones launched
+        self._works: deque[dist.Work] = deque()  # those that may be pending, and the last one
         self.generation = generation
         self.rank = group.rank()
         self.size = group.size()
@@ -233,12 +233,22 @@ class DistributedEngine:
             # That only orders streams. An abort ends a running collective as if it were done, so that only a check
             # which comes after its end cannot miss the abort.
             torch.cuda.current_stream(device).synchronize()
-            return
-        while not work.is_completed():
-            with suppress(RuntimeError):  # its time is up, or it failed, which the wait below tells
-                work.wait(_LOOK_AROUND)
-            self.check()
-        work.wait()
+        else:
+            while not work.is_completed():
+                with suppress(RuntimeError):  # its time is up, or it failed, which the wait below tells
+                    work.wait(_LOOK_AROUND)
+                self.check()
+            work.wait()
+        self._forget_completed()
+
+    def _forget_completed(self) -> None:
+        """Let go of tensors whose collectives are over.
+
+        The last one stays as long as the engine. With it stay the connections, whose end the other workers would take
+        for a loss: they may be at that collective still.
+        """
+        while len(self._works) > 1 and self._works[0].is_completed():
+            self._works.popleft()
 
     def _still_pending(self) -> list[dist.Work]:
         deadline = time.monotonic() + _ENDING_SECONDS

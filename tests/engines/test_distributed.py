@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from contextlib import nullcontext
 from datetime import timedelta
 from types import SimpleNamespace
@@ -83,6 +84,31 @@ def test_a_collective_that_ends_just_when_a_wait_gives_up_ends_as_it_did(error: 
     handle = DistributedEngine(group, "gloo", generation=3).all_reduce(torch.zeros(1))
     with nullcontext() if error is None else pytest.raises(WorldBroken, match=error):
         handle.wait()
+
+
+class GroupOfManyWorks(GroupThatLosesWork):
+    """Its collectives end when the test says so; each is kept alive by whoever launched it."""
+
+    def allreduce(self, _: list[torch.Tensor], options: Any) -> LostWork:
+        return LostWork()
+
+
+def test_of_the_collectives_that_are_over_only_the_last_one_is_kept() -> None:
+    engine = DistributedEngine(GroupOfManyWorks(), "gloo", generation=3)
+    handles: list[Any] = [engine.all_reduce(torch.zeros(1)) for _ in range(100)]
+    works = [weakref.ref(handle._work) for handle in handles]
+    ends = [handle._work.over for handle in handles]
+    for end in ends[:60]:
+        end.set()
+    handles[10].wait()
+    last = handles[-1]
+    handles.clear()
+    assert [work() is None for work in works] == [True] * 60 + [False] * 40
+    for end in ends:
+        end.set()
+    last.wait()
+    del last
+    assert [work() is None for work in works] == [True] * 99 + [False]
 
 
 class NcclGroup(GroupThatLosesWork):
