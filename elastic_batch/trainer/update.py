@@ -309,9 +309,11 @@ class Update:
         self._draws = None
 
     def _check_mean(self, batch: Any, request: PassRequest) -> Iterator[Any]:
-        self._mean_check = MeanCheck(self._machinery.model, batch, self._num_samples(request))
+        machinery = self._machinery
+        self._mean_check = MeanCheck(machinery.model, batch, self._num_samples(request))
         try:
-            yield from self._mean_check.parts()
+            with autocast(machinery.precision, machinery.device):
+                yield from self._mean_check.parts()
             self._mean_check.verify()
         except MisusedTrainer as error:
             self.fail(error)

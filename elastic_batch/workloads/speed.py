@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import TensorDataset
 
-from elastic_batch.data import BatchSource, CannotFuse, PassRequest, count_samples, open_source
+from elastic_batch.data import BatchSource, CannotFuse, PassRequest, count_samples, duplicate, open_source
 from elastic_batch.ghost import RunningStatistics, convert_batch_norm
 from elastic_batch.job import Job
 from elastic_batch.stream import SampleStream
@@ -102,7 +102,7 @@ class _Worker:
         self._statistics.samples_per_pass = width * self._job.micro_batch_size
         with self._randomness.over(list(range(width)), self._device) as draws:
             with autocast(self._job.precision, self._device):
-                loss = self._loss_fn(self.model, batch)
+                loss = self._loss_fn(self.model, duplicate(batch))  # it may take from it
             if reason := draws.stray():
                 raise CannotFuse(0, [], reason)
             (loss[0] if isinstance(loss, tuple) else loss).backward()

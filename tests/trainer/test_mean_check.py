@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.data import TensorDataset
 
+from elastic_batch import Trainer
 from elastic_batch.errors import MisusedTrainer
+from elastic_batch.schedule import StepsSchedule
 from elastic_batch.trainer.mean_check import MeanCheck
 
 _MODEL = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3))
@@ -122,6 +125,19 @@ def test_every_part_finds_the_buffers_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_check_runs_under_the_trainer_s_autocast() -> None:
+    model = nn.Linear(4, 1)
+    data = TensorDataset(torch.randn(32, 4, dtype=torch.bfloat16), torch.randn(32, 1))
+    schedule = StepsSchedule.of(global_batch_size=8, max_duration="1ep", points="0:8")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Trainer(model, optimizer, data, schedule, micro_batch_size=8, precision="bf16") as trainer:
+        for update in trainer.updates():
+            for x, y in update:
+                update.backward(F.mse_loss(model(x).float(), y))
+            update.step()
+        assert trainer.num_updates == 4
+
+
 def test_under_autocast_a_wrong_mean_is_told_from_rounding(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
