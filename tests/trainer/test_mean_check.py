@@ -124,7 +124,6 @@ def test_every_part_finds_the_buffers_as_they_were() -> None:
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_check_runs_under_the_trainer_s_autocast() -> None:
     model = nn.Linear(4, 1)
     data = TensorDataset(torch.randn(32, 4, dtype=torch.bfloat16), torch.randn(32, 1))
@@ -138,6 +137,7 @@ def test_the_check_runs_under_the_trainer_s_autocast() -> None:
         assert trainer.num_updates == 4
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_a_wrong_mean_is_told_from_rounding(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
