@@ -8,7 +8,7 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parent
-ALONE = {"data", "engines", "scaling", "soak", "worker"}
+ALONE = {"data", "engines", "scaling", "worker"}
 """Directories whose tests start programs that live by the clock: nothing else runs beside them."""
 
 # Small tensors: more threads only fight with the test workers for the same cores.
