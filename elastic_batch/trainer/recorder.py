@@ -142,7 +142,7 @@ class Recorder:
         """
         location = self.checkpoint_location
         if location is not None and (self.newest_writer() >= 0 or CheckpointStore(location).manifests()):
-            raise RunDirectoryUsed(location)
+            raise RunDirectoryUsed(os.fspath(self._options.checkpoint_location or self._options.run_dir or location))
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of this job.

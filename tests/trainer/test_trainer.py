@@ -345,8 +345,9 @@ def test_the_measurement_of_noise_may_be_switched_between_starts(before: bool, t
 def test_a_used_run_directory_is_refused_unless_resumed(tmp_path: Path) -> None:
     with _trainer(run_dir=tmp_path) as trainer:
         next(_losing_loop(trainer))
-    with _trainer(run_dir=tmp_path) as trainer, pytest.raises(RunDirectoryUsed):
+    with _trainer(run_dir=tmp_path) as trainer, pytest.raises(RunDirectoryUsed) as refusal:
         next(trainer.updates())
+    assert refusal.value.directory == str(tmp_path)
 
 
 def test_another_run_s_checkpoints_are_not_written_over(tmp_path: Path) -> None:
