@@ -30,7 +30,7 @@ from elastic_batch.scaling.pool import PoolSettings, Program
 from elastic_batch.scaling.supervisor import SupervisorSettings, supervise
 
 RUN_DIR, TOKEN_FILE, URL = "ELASTIC_BATCH_RUN_DIR", "ELASTIC_BATCH_TOKEN_FILE", "ELASTIC_BATCH_COORDINATOR"
-_SLOT, _NAME = "ELASTIC_BATCH_SLOT", "ELASTIC_BATCH_WORKER_NAME"
+_SLOT, _NAME, _GOES_ON = "ELASTIC_BATCH_SLOT", "ELASTIC_BATCH_WORKER_NAME", "ELASTIC_BATCH_GOES_ON"
 LOGS = "logs"
 
 
@@ -200,5 +200,6 @@ def _pool(
         slot_environ={slot: worker_settings(index, gpus) for index, slot in enumerate(slots)},
         slot_variable=_SLOT,
         name_variable=_NAME,
+        later_variable=_GOES_ON,
         log_dir=run_dir / LOGS if run_dir is not None else None,
     )

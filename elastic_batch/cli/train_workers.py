@@ -37,11 +37,7 @@ def train_on_workers(
     first = "auto" if resume == "never" and job.checkpoint.location is None else resume
     summary = _Summary(as_json)
     code = run_job(
-        Program(
-            script=None,
-            arguments=invocation.words_with(_OURS, run_dir=directory, resume=first),
-            arguments_later=invocation.words_with(_OURS, run_dir=directory, resume="auto"),
-        ),
+        Program(script=None, arguments=invocation.words_with(_OURS, run_dir=directory, resume=first)),
         workers,
         Path(directory),
         invocation.environ,

@@ -123,6 +123,8 @@ class Membership(Protocol):
 
     is_elastic: bool
     """Whether a world may be joined that trains already: everything slow should then be done before."""
+    goes_on: bool
+    """Whether the run had made progress when this worker was started: it is not begun once more."""
 
     def first(self, standing: Standing, job: Mapping[str, Any]) -> Engine:
         """Block until this worker is in a world.
@@ -167,6 +169,7 @@ class FixedWorld:
     """The membership of a job whose workers are given once: when one is lost, the job ends."""
 
     is_elastic = False
+    goes_on = False
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

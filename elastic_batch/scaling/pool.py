@@ -28,12 +28,10 @@ class Program:
     Args:
         script: A Python file; None: the package's own command line.
         arguments: What follows the program's name.
-        arguments_later: The same for workers that start when the job has made progress already; None: no other.
     """
 
     script: str | None
     arguments: Sequence[str]
-    arguments_later: Sequence[str] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +45,7 @@ class PoolSettings:
         slot_environ: Variables of each slot's own.
         slot_variable: The variable that tells a worker its slot.
         name_variable: The variable that tells it its name.
+        later_variable: The variable that tells those which start when the job has made progress that it has.
         log_dir: Where output is kept; None: nowhere.
         modules: What is imported before workers are forked.
     """
@@ -57,6 +56,7 @@ class PoolSettings:
     slot_environ: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     slot_variable: str
     name_variable: str
+    later_variable: str
     log_dir: Path | None
     modules: Sequence[str] = PRELOADED
 
@@ -252,13 +252,13 @@ class Pool:
     def _start_worker(self, slot: _Slot) -> None:
         settings = self._settings
         program = settings.program
-        later = program.arguments_later if self._has_progress else None
+        later = {settings.later_variable: "1"} if self._has_progress else {}
         ours, theirs = os.pipe()
         birth = Birth(
             slot=slot.name,
             script=program.script,
-            arguments=list(program.arguments if later is None else later),
-            environ={**settings.slot_environ.get(slot.name, {}), settings.slot_variable: slot.name},
+            arguments=list(program.arguments),
+            environ={**settings.slot_environ.get(slot.name, {}), settings.slot_variable: slot.name, **later},
             name_variable=settings.name_variable,
         )
         slot.log.last_lines.clear()

@@ -149,8 +149,8 @@ class Worlds:
         recorder, resume = self._recorder, os.fspath(self._options.resume)
         if not self._membership.is_elastic:
             recorder.claim()
-        elif recorder.newest_writer() > self._standing.newest_writer:
-            resume = "auto"  # the run has gone on since this worker came: what began it is of no use any more
+        elif recorder.newest_writer() > (-1 if self._membership.goes_on else self._standing.newest_writer):
+            resume = "auto"  # all others were lost: what the run once began with is of no use any more
         if resume == "never":
             recorder.require_unused()
         checkpoint: Checkpoint | None = find_checkpoint(resume, recorder.checkpoint_location)

@@ -19,6 +19,7 @@ from elastic_batch.protocol import PATH, require_address
 
 COORDINATOR, TOKEN_FILE, RUN_DIR = "ELASTIC_BATCH_COORDINATOR", "ELASTIC_BATCH_TOKEN_FILE", "ELASTIC_BATCH_RUN_DIR"
 SLOT, NAME, ADDRESS = "ELASTIC_BATCH_SLOT", "ELASTIC_BATCH_WORKER_NAME", "ELASTIC_BATCH_ADDRESS"
+GOES_ON = "ELASTIC_BATCH_GOES_ON"
 ANNOUNCEMENT = "coordinator.json"
 
 
@@ -61,6 +62,7 @@ class Credentials:
         name: The worker's name.
         slot: What is started again when the worker dies.
         address: Where the other workers reach this host; None: the interface that reaches the coordinator.
+        goes_on: Whether the run had made progress when this worker was started.
     """
 
     url: str | None
@@ -69,6 +71,7 @@ class Credentials:
     name: str
     slot: str
     address: str | None
+    goes_on: bool = False
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Credentials:
@@ -90,6 +93,7 @@ class Credentials:
             name=environ.get(NAME) or f"{host}-{os.getpid()}-{secrets.token_hex(2)}",
             slot=environ.get(SLOT) or host,
             address=environ.get(ADDRESS),
+            goes_on=bool(environ.get(GOES_ON)),
         )
 
     def door(self) -> Door:

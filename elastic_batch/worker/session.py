@@ -64,6 +64,7 @@ class Session:
     is_elastic = True
 
     def __init__(self, credentials: Credentials, device: torch.device) -> None:
+        self.goes_on = credentials.goes_on
         self._device = device
         self._standing = Standing()
         self._changed = threading.Condition()

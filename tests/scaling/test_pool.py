@@ -8,11 +8,12 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.supervision import NAME, SLOT, in_pool, is_alive, pool_settings, until, write_script
+from support.supervision import LATER, NAME, SLOT, in_pool, is_alive, pool_settings, until, write_script
 
 from elastic_batch.scaling import nursery_link
 from elastic_batch.scaling import pool as pool_module
@@ -32,6 +33,10 @@ known = dict(
 )
 print(json.dumps(known))
 """
+
+
+def has_spoken(log: Path) -> bool:
+    return log.stat().st_size > 0
 
 
 def pids(pool: Pool) -> list[int]:
@@ -145,6 +150,19 @@ def test_workers_are_told_by_signal_but_not_those_excepted(tmp_path: Path) -> No
         assert pool.codes == {"local-0": -signal.SIGTERM}
 
     in_pool(pool_settings(write_script(tmp_path, SLEEP)), scenario)
+
+
+def test_workers_know_whether_the_job_has_made_progress(tmp_path: Path) -> None:
+    script = write_script(tmp_path, f'import os\nprint("later:", os.environ.get("{LATER}"))\n' + SLEEP)
+
+    async def scenario(pool: Pool) -> None:
+        for size in (1, 2):
+            pool.progressed(8 * size, [])
+            pool.resize(size)
+            await until(pool, partial(has_spoken, tmp_path / "logs" / f"local-{size - 1}.log"))
+
+    shown, _ = in_pool(pool_settings(script), scenario)
+    assert [line for line in shown if "later" in line] == ["[local-0] later: None", "[local-1] later: 1"]
 
 
 def test_all_come_back_when_the_process_that_bears_them_dies(tmp_path: Path) -> None:

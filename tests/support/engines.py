@@ -86,6 +86,7 @@ class RecoveringMembership:
     """
 
     is_elastic = False
+    goes_on = False
 
     def __init__(self, first: FailingEngine) -> None:
         self._first = first

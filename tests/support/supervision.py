@@ -18,7 +18,7 @@ from elastic_batch.scaling.link import CoordinatorAway, CoordinatorLink, Status
 from elastic_batch.scaling.pool import Pool, PoolSettings, Program
 from elastic_batch.scaling.supervisor import SupervisorSettings, supervise
 
-SLOT, NAME = "SLOT", "NAME"
+SLOT, NAME, LATER = "SLOT", "NAME", "LATER"
 
 
 class FakeLink(CoordinatorLink):
@@ -64,6 +64,7 @@ def pool_settings(script: Path, num_slots: int = 2, *arguments: str) -> PoolSett
         environ=dict(os.environ),
         slot_variable=SLOT,
         name_variable=NAME,
+        later_variable=LATER,
         log_dir=script.parent / "logs",
         modules=(),
     )

@@ -118,19 +118,33 @@ def test_a_lead_without_which_others_went_on_leaves_the_end_to_them(tmp_path: Pa
     assert not (tmp_path / "summary.json").exists()
 
 
-def test_a_worker_that_came_before_the_run_went_on_takes_its_newest_state_however_it_was_to_begin(
-    tmp_path: Path,
+@pytest.mark.parametrize("resume", ["never", "of another run"])
+@pytest.mark.parametrize("comes", ["before", "after"])
+def test_who_is_left_when_all_others_are_lost_goes_on_however_the_run_was_to_begin(
+    comes: str, resume: str, tmp_path: Path
 ) -> None:
-    early, late = (Plan(IMAGES, num_updates=3, options={"run_dir": tmp_path}) for _ in range(2))
+    def train(directory: str) -> None:
+        plan = Plan(IMAGES, num_updates=3, options={"run_dir": tmp_path / directory})
+        with make_trainer(plan, FixedWorld(SoloEngine())) as trainer:
+            run(trainer, plan)
 
     class Standby(FixedWorld):
         is_elastic = True
+        goes_on = comes == "after"
 
         def first(self, *given: Any) -> Engine:
-            with make_trainer(early, FixedWorld(SoloEngine())) as other:
-                run(other, early)
+            if comes == "before":
+                train("run")
             return SoloEngine(9)
 
-    with make_trainer(late, Standby(SoloEngine(9))) as trainer:
+    if comes == "after":
+        train("run")
+    if resume != "never":
+        other = Plan(IMAGES, num_updates=1, options={"run_dir": tmp_path / "other"})
+        with make_trainer(other, FixedWorld(SoloEngine())) as trainer:
+            run(trainer, other)
+        resume = str(tmp_path / "other")
+    plan = Plan(IMAGES, options={"run_dir": tmp_path / "run", "resume": resume})
+    with make_trainer(plan, Standby(SoloEngine(9))) as trainer:
         trainer.start()
         assert trainer.num_updates == 3
