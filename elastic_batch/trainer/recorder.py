@@ -291,15 +291,13 @@ class Recorder:
         if self._saver is not None:
             self._saver.wait()
         finished = position >= self._schedule.end and unsaved is None
+        if unsaved is not None:
+            reason = "the state was not saved"
         self._ending = {
             "updates": num_updates,
             "samples": position,
             "finished": finished,
-            "reason": "the schedule's end"
-            if finished
-            else "the state was not saved"
-            if unsaved
-            else reason or "an error",
+            "reason": "the schedule's end" if finished else reason or "an error",
             "world_size": self.last_record.get("world_size"),
         }
         self._summarize()
