@@ -97,9 +97,6 @@ class FaultPlan:
         self._waiting = {(fault.place, fault.count): fault for fault in map(Fault.parse, filter(None, text.split(";")))}
         self._reached: Counter[str] = Counter()
 
-    def __bool__(self) -> bool:
-        return bool(self._waiting)
-
     def reach(self, place: str) -> None:
         """Let happen what awaits the process here."""
         self._reached[place] += 1
@@ -108,13 +105,13 @@ class FaultPlan:
             _happen(fault)
 
 
-_plan = FaultPlan(os.environ.get(VARIABLE, ""))
+_plan: FaultPlan | None = FaultPlan(os.environ[VARIABLE]) if VARIABLE in os.environ else None
 _cut_off: Callable[[float], None] | None = None
 
 
 def reach(place: str) -> None:
     """This process reaches a place; a fault may await it."""
-    if _plan:
+    if _plan is not None:
         _plan.reach(place)
 
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 import ctypes
 import platform
 import random
+import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
 
 _MT19937_BYTES = 625 * 4  # 624 words of key and the position in it
+_python_generator = cast(Any, random)._inst  # of which the module's functions are methods
 
 
 def reseed(seed: int, device: torch.device | None = None) -> None:
@@ -56,18 +58,15 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def preserved(device: torch.device | None = None) -> Iterator[None]:
+def preserved(device: torch.device | None = None) -> AbstractContextManager[object]:
     """Put the generators back after a block that may `reseed` and draw at will."""
-    state = GeneratorState(device)
-    try:
-        yield
-    finally:
-        state.restore()
+    return GeneratorState(device)
 
 
 class GeneratorState:
     """What the global generators hold at the moment of construction; `restore` may be called any number of times.
+
+    As a context it restores at the end.
 
     Args:
         device: A CUDA device's generator is included.
@@ -88,6 +87,12 @@ class GeneratorState:
         if self._cuda_generator is not None and self._cuda is not None:
             self._cuda_generator.set_state(self._cuda)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
+
 
 class _PythonState:
     """The state of Python's generator.
@@ -97,77 +102,104 @@ class _PythonState:
     """
 
     def __init__(self) -> None:
-        self._source = cast(Any, random._inst)  # of which the module's functions are methods
-        self._full: Any = None
-        if not _python_layout_is_known():
-            self._full = random.getstate()
-            return
-        self._bytes = ctypes.string_at(id(self._source) + object.__basicsize__, _MT19937_BYTES)
-        self._half = self._source.gauss_next
+        self._words = _python_words()
+        if self._words is None:
+            self._full: Any = random.getstate()
+        else:
+            self._bytes = bytes(self._words)
+            self._half = _python_generator.gauss_next
 
     def restore(self) -> None:
-        if self._full is not None:
+        if self._words is None:
             random.setstate(self._full)
-            return
-        _write(id(self._source) + object.__basicsize__, self._bytes)
-        self._source.gauss_next = self._half
-
-
-def _write(address: int, state: bytes) -> None:
-    # Unlike memmove this keeps the interpreter: no other thread draws from half a state.
-    (ctypes.c_char * len(state)).from_address(address).raw = state
-
-
-@lru_cache
-def _python_layout_is_known() -> bool:
-    is_expected = type(random._inst) is random.Random
-    is_large = random.Random.__basicsize__ >= object.__basicsize__ + _MT19937_BYTES
-    if platform.python_implementation() != "CPython" or not is_expected or not is_large:
-        return False
-    probe = random.Random(1)
-    *key, position = probe.getstate()[1]
-    expected = np.array([position, *key], np.uint32).tobytes()
-    return ctypes.string_at(id(probe) + object.__basicsize__, _MT19937_BYTES) == expected
+        else:
+            self._words[:] = self._bytes
+            _python_generator.gauss_next = self._half
 
 
 class _NumpyState:
     """The legacy generator's state, including the second half of a pair of normal draws that it may keep.
 
     numpy's own get_state and set_state take over 100 microseconds, far more than all the others together. So the state
-    is copied as bytes where its layout is as expected, and numpy's functions do the rest.
+    is copied as bytes where its layout is as expected.
     """
 
     def __init__(self) -> None:
         self._source = np.random.get_bit_generator()  # type: ignore[attr-defined]  # missing in numpy's stubs
-        self._full: Any = None  # what set_state takes, where the bytes are not enough
-        if not _numpy_layout_is_known(type(self._source)):
+        words, half = _numpy_words(self._source), _numpy_half()
+        if words is None or half is None:
+            self._memory: tuple[memoryview, memoryview] | None = None
             self._full = np.random.get_state(legacy=False)
-            return
-        self._address = self._source.ctypes.state_address
-        self._bytes = ctypes.string_at(self._address, _MT19937_BYTES)
-        # The kept half cannot be read, only drawn. A draw that leaves the state alone came from it.
-        half = np.random.standard_normal()
-        if ctypes.string_at(self._address, _MT19937_BYTES) == self._bytes:
-            words = np.frombuffer(self._bytes, np.uint32)
-            self._full = ("MT19937", words[:-1], int(words[-1]), 1, half)
-        self.restore()
+        else:
+            self._memory = words, half
+            self._bytes = bytes(words), bytes(half)
 
     def restore(self) -> None:
-        np.random.set_bit_generator(self._source)  # type: ignore[attr-defined]  # which forgets a kept half
-        if self._full is not None:
+        if np.random.get_bit_generator() is not self._source:  # type: ignore[attr-defined]  # missing in numpy's stubs
+            np.random.set_bit_generator(self._source)  # type: ignore[attr-defined]  # the same
+        if self._memory is None:
             np.random.set_state(self._full)
         else:
-            _write(self._address, self._bytes)
+            for part, content in zip(self._memory, self._bytes, strict=True):
+                part[:] = content
+
+
+def _memory_at(address: int, size: int) -> memoryview:
+    """Bytes of this process. Copying them keeps the interpreter, so no other thread draws from half a state."""
+    return memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B")
 
 
 @lru_cache
-def _numpy_layout_is_known(kind: type) -> bool:
-    if kind is not np.random.MT19937:
-        return False
+def _python_words() -> memoryview | None:
+    """Where Python's global generator has its state; None where its layout is not as expected."""
+    is_expected = type(_python_generator) is random.Random
+    is_large = random.Random.__basicsize__ >= object.__basicsize__ + _MT19937_BYTES
+    if platform.python_implementation() != "CPython" or not is_expected or not is_large:
+        return None
+    probe = random.Random(1)
+    *key, position = probe.getstate()[1]
+    expected = np.array([position, *key], np.uint32).tobytes()
+    if bytes(_memory_at(id(probe) + object.__basicsize__, _MT19937_BYTES)) != expected:
+        return None
+    return _memory_at(id(_python_generator) + object.__basicsize__, _MT19937_BYTES)
+
+
+@lru_cache(maxsize=1)  # which keeps the generator: its memory stays where it is
+def _numpy_words(source: Any) -> memoryview | None:
+    """Where a bit generator of numpy has its state; None where its layout is not as expected."""
+    if type(source) is not np.random.MT19937:
+        return None
     probe = np.random.MT19937(1)
     state = probe.state["state"]
     expected = np.append(state["key"], np.uint32(state["pos"])).astype(np.uint32).tobytes()
-    return ctypes.string_at(probe.ctypes.state_address, _MT19937_BYTES) == expected
+    if bytes(_memory_at(probe.ctypes.state_address, _MT19937_BYTES)) != expected:
+        return None
+    return _memory_at(source.ctypes.state_address, _MT19937_BYTES)
+
+
+@lru_cache
+def _numpy_half() -> memoryview | None:
+    """Where numpy's legacy generator keeps the second half of a pair of normal draws, and whether it has one.
+
+    None where that is not found as expected: an integer and a number, next to each other in the object.
+    """
+    kept: Any = getattr(np.random.mtrand, "_rand", None)
+    if platform.python_implementation() != "CPython" or type(kept) is not np.random.RandomState:
+        return None
+    probe = np.random.RandomState(1)
+    memory = _memory_at(id(probe), np.random.RandomState.__basicsize__)
+    probe.standard_normal()
+    half = probe.get_state(legacy=False)["gauss"]
+    offset = bytes(memory).find(struct.pack("=ixxxxd", 1, half))
+    if offset < 0:
+        return None
+    found = memory[offset : offset + 16]
+    full = bytes(found)
+    is_as_expected = probe.standard_normal() == half and not any(found)
+    found[:] = full
+    if not is_as_expected or probe.standard_normal() != half:
+        return None
+    return _memory_at(id(kept) + offset, len(full))
 
 
 def cuda_generator(device: torch.device | None) -> torch.Generator | None:

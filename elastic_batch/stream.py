@@ -15,7 +15,7 @@ from elastic_batch.errors import InvalidSetting
 from elastic_batch.permutation import MAX_LENGTH, Grid, Words, derive, derive_each, permute, pick
 
 _CHUNK = 8192  # positions worked on at once: the working arrays stay in a core's cache
-_AHEAD = 1024  # positions evaluated for a small request; the calls, not the elements, are what it costs
+_AHEAD = 8192  # positions evaluated for a small request; the calls, not the elements, are what it costs
 _NOTHING_AHEAD = (0, np.empty(0, np.int64))
 
 

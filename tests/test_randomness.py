@@ -160,8 +160,8 @@ def test_the_generator_of_a_cuda_device_is_seeded_and_put_back() -> None:
 
 
 def test_the_state_is_the_same_where_the_generators_have_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(randomness, "_python_layout_is_known", lambda: False)
-    monkeypatch.setattr(randomness, "_numpy_layout_is_known", lambda kind: False)
+    monkeypatch.setattr(randomness, "_python_words", lambda: None)
+    monkeypatch.setattr(randomness, "_numpy_half", lambda: None)
     random.gauss(0, 1)  # keeps the second half of a pair
     np.random.randn()
     state = held()

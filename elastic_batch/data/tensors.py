@@ -57,6 +57,7 @@ class TensorSource:
     def __init__(self, rows: Rows, finisher: Finisher) -> None:
         self._rows = rows
         self._finisher = finisher
+        self._is_on_host = finisher.device.type == "cpu"
         self._is_there = all(tensor.device == finisher.device for tensor in rows.tensors)
         self._requests: Iterator[PassRequest] | None = None
 
@@ -81,7 +82,8 @@ class TensorSource:
     def _select(self, index: Tensor) -> list[Tensor]:
         device = self._finisher.device
         if self._is_there:
-            index = index.to(device, non_blocking=True)
+            if not self._is_on_host:
+                index = index.to(device, non_blocking=True)
             return [tensor.index_select(0, index) for tensor in self._rows.tensors]
         if device.type != "cuda":
             return [tensor.index_select(0, index.to(tensor.device)).to(device) for tensor in self._rows.tensors]

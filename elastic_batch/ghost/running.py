@@ -69,7 +69,6 @@ class RunningStatistics:
         """What was collected since `begin`: float64 [numel], a new tensor on the model's device."""
         return self._pending.total()
 
-    @torch.no_grad()
     def commit(self, sums: Tensor) -> None:
         """Merge the sums of all workers into the running statistics.
 
@@ -80,8 +79,11 @@ class RunningStatistics:
         Args:
             sums: [numel], the sum of all workers' `sums()`, on any device.
         """
-        if not self._norms:
-            return
+        if self._norms:
+            self._merge(sums)
+
+    @torch.no_grad()
+    def _merge(self, sums: Tensor) -> None:
         if sums.shape != (self.numel,):
             raise InvalidSetting(
                 "sums", tuple(sums.shape), f"must have the shape of this model's sums(), ({self.numel},)"

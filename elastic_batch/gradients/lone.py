@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ _CHANGED = (
 )
 
 
+_SMALL = 2**14
+"""Vectors of up to this many elements share one norm: a norm of each would take longer than copying them."""
+
+
 class LoneSums:
     """Sums that nobody adds to: nothing is zeroed, added or copied for them, and hooks run for narrow parameters only.
 
@@ -33,10 +38,13 @@ class LoneSums:
     def __init__(self, parameters: Sequence[Parameter]) -> None:
         self._parameters = parameters
         self._is_wide = [parameter.dtype in (torch.float32, torch.float64) for parameter in parameters]
-        self._sums: list[Tensor | None] = []
+        self._is_small = [parameter.dim() == 1 and parameter.numel() <= _SMALL for parameter in parameters]
+        self._left: list[Tensor | None] = []  # in each `.grad`, by the last backward: the sums of wide parameters
         self._versions: list[int | None] = []
+        self._narrow: dict[int, Tensor] = {}  # the sums of the other parameters
         self._memories: set[int] = set()
         self._hooks: list[RemovableHandle] = []
+        self._is_empty = True
         self._accepting = False
 
     def begin(self) -> None:
@@ -47,47 +55,40 @@ class LoneSums:
                 for index, parameter in enumerate(self._parameters)
                 if not self._is_wide[index]
             ]
-        for parameter in self._parameters:
-            parameter.grad = None
-        self._sums = [None] * len(self._parameters)
-        self._versions = [None] * len(self._parameters)
-        self._memories.clear()
+        self._forget()
 
     def release(self) -> None:
         """Let go of the parameters and their gradients."""
         for each in self._hooks:
             each.remove()
         self._hooks = []
-        self._sums, self._versions = [], []
-        for parameter in self._parameters:
-            parameter.grad = None
+        self._forget()
 
     @property
     def seen(self) -> tuple[bool, ...]:
-        return tuple(total is not None for total in self._sums)
+        return tuple([gradient is not None or index in self._narrow for index, gradient in enumerate(self._left)])
 
     def check(self) -> None:
-        for parameter, total, version in zip(self._parameters, self._sums, self._versions, strict=True):
-            gradient = parameter.grad
-            now = None if gradient is None else gradient._version
-            if now != version or (gradient is not total and gradient is not None):
-                raise MisusedTrainer(_CHANGED)
+        if not all(map(is_, self._gradients(), self._left)):
+            raise MisusedTrainer(_CHANGED)
+        self._check_versions()
 
     @contextmanager
     def accepting(self, reduce_with: Engine | None = None, norms: list[Tensor] | None = None) -> Iterator[None]:
-        self.check()
+        if self._is_empty:
+            self.check()
+        else:
+            self._check_versions()  # a gradient that was replaced shows in the end
         self._accepting = True
         try:
             yield
         finally:
             self._accepting = False
-        for index, parameter in enumerate(self._parameters):
-            gradient = parameter.grad
-            if gradient is None:
-                continue
-            if gradient is not self._sums[index]:
-                gradient = self._take(index, gradient)
-            self._versions[index] = gradient._version
+        found = self._gradients()
+        if not all(map(is_, found, self._left)):
+            self._take(found)
+        self._versions = _versions(self._left)
+        self._is_empty = False
 
     def flush(self, engine: Engine, norms: list[Tensor] | None = None) -> None:
         """Nothing is to be reduced."""
@@ -96,43 +97,62 @@ class LoneSums:
         """Nothing was launched."""
 
     def norms(self) -> list[Tensor]:
-        tensors = self._tensors()
+        sums = list(zip(self._left, self._is_small, strict=True))
+        tensors = [total for total, is_small in sums if total is not None and not is_small]
+        tensors += self._narrow.values()
+        if small := [total for total, is_small in sums if total is not None and is_small]:
+            tensors.append(torch.cat(small))
         return list(torch._foreach_norm(tensors)) if tensors else []
 
     def finish(self, factor: float, seen_by_any: Sequence[bool]) -> None:
-        if factor != 1 and (tensors := self._tensors()):
+        tensors = [total for total in self._left if total is not None] + list(self._narrow.values())
+        if factor != 1 and tensors:
             torch._foreach_mul_(tensors, factor)
-        for parameter, total, is_wide in zip(self._parameters, self._sums, self._is_wide, strict=True):
-            if total is not None and not is_wide:
-                parameter.grad = total.to(parameter.dtype)
+        for index, total in self._narrow.items():
+            self._parameters[index].grad = total.to(self._parameters[index].dtype)
 
-    def _tensors(self) -> list[Tensor]:
-        return [total for total in self._sums if total is not None]
+    def _gradients(self) -> list[Tensor | None]:
+        return [parameter.grad for parameter in self._parameters]
 
-    def _take(self, index: int, gradient: Tensor) -> Tensor:
-        """Make what the first backward left the sum."""
-        if self._sums[index] is not None:
+    def _forget(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+        self._left, self._versions = [None] * len(self._parameters), [None] * len(self._parameters)
+        self._narrow.clear()
+        self._memories.clear()
+        self._is_empty = True
+
+    def _check_versions(self) -> None:
+        if _versions(self._left) != self._versions:
             raise MisusedTrainer(_CHANGED)
-        self._sums[index] = own = self._own(gradient)
-        if own is not gradient:
-            self._parameters[index].grad = own
-        return own
+
+    def _take(self, found: list[Tensor | None]) -> None:
+        """Make what a first backward left the sums."""
+        for index, gradient in enumerate(found):
+            left = self._left[index]
+            if gradient is left:
+                continue
+            if gradient is None or left is not None:
+                raise MisusedTrainer(_CHANGED)
+            # A sum is changed in place, so it is to be dense, in memory that no other one has.
+            if gradient.is_sparse:
+                gradient = self._parameters[index].grad = gradient.to_dense()
+            elif (memory := gradient.untyped_storage().data_ptr()) in self._memories:  # two views that were added, say
+                gradient = self._parameters[index].grad = gradient.clone()
+            else:
+                self._memories.add(memory)
+            self._left[index] = gradient
 
     def _add_narrow(self, index: int, parameter: Tensor) -> None:
         """Add a gradient as soon as it is there, so that not all of them are at once."""
-        total, gradient = self._sums[index], parameter.grad
+        gradient = parameter.grad
         assert gradient is not None
         if not self._accepting:
             raise MisusedTrainer(_CHANGED)
-        self._sums[index] = gradient.to_dense().to(torch.float32) if total is None else total.add_(gradient)
+        total = self._narrow.get(index)
+        self._narrow[index] = gradient.to_dense().to(torch.float32) if total is None else total.add_(gradient)
         parameter.grad = None
 
-    def _own(self, gradient: Tensor) -> Tensor:
-        """A handed-over gradient as one that can be changed in place: dense, in memory that no other one has."""
-        if gradient.is_sparse:
-            return gradient.to_dense()
-        memory = gradient.untyped_storage().data_ptr()
-        if memory in self._memories:  # such as two views that were added
-            return gradient.clone()
-        self._memories.add(memory)
-        return gradient
+
+def _versions(gradients: Sequence[Tensor | None]) -> list[int | None]:
+    return [None if gradient is None else gradient._version for gradient in gradients]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,10 +13,11 @@ from torch import Tensor
 from elastic_batch.engines import Wishes
 from elastic_batch.noise import NoiseSums
 
-_FIELDS = ("workers", "void", "leave", "regroup", "stop", "weight", "loss", "passes", "squares", "inverses")
-"""Names of the leading numbers: workers that sent one; that failed; that want to leave; that know of a new world;
-that want to stop; weight and loss sum; of the workers with a first pass: how many, sum of |s|^2 / w^2, sum of 1 /
-w."""
+_NUM_NUMBERS = 10
+"""How many numbers lead: workers that sent one; that failed; that want to leave; that know of a new world; that want to
+stop; weight and loss sum; of the workers with a first pass: how many, sum of |s|^2 / w^2, sum of 1 / w."""
+
+_NO_STATISTICS = torch.empty(0, dtype=torch.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,9 +88,8 @@ class Tally:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._zero = torch.zeros((), dtype=torch.float64, device=device)
+        self._device = device
         self._is_on_host = device.type == "cpu"
-        self._bits: tuple[tuple[bool, ...], Tensor] = ((), self._zero.new_zeros(0))
         self.begin()
 
     def begin(self) -> None:
@@ -121,8 +122,15 @@ class Tally:
             Float64 vector.
         """
         flags = (1, failed, wishes.leave, wishes.regroup, wishes.stop is not None)
-        numbers = self._numbers((*flags, self.weight, self.loss_sum, *self._first_pass(divisor)))
-        return torch.cat([numbers, self._seen_bits(seen), statistics])
+        numbers = (*flags, self.weight, self.loss_sum, *self._first_pass(divisor))
+        known = [0 if isinstance(number, Tensor) else number for number in numbers]
+        header = torch.frombuffer(array("d", [*known, *seen]), dtype=torch.float64)
+        if not self._is_on_host:  # the device is not waited for
+            header = header.to(self._device)
+            for place, number in enumerate(numbers):
+                if isinstance(number, Tensor):
+                    header[place] = number
+        return torch.cat([header, statistics]) if statistics.numel() else header
 
     def _first_pass(self, divisor: float) -> tuple[Tensor | float, ...]:
         """Whether there was a first pass with a weight, its |s|^2 / w^2, and 1 / w."""
@@ -131,7 +139,7 @@ class Tally:
             return 0, 0, 0
         if isinstance(weight, Tensor):
             counts: Tensor | float = weight > 0
-            inverse: Tensor | float = torch.where(weight > 0, 1 / weight, self._zero)
+            inverse: Tensor | float = torch.where(weight > 0, 1 / weight, 0.0)
         else:
             counts, inverse = weight > 0, 1 / weight if weight > 0 else 0.0
         if self._is_on_host:
@@ -147,22 +155,6 @@ class Tally:
             return number
         return number.item() if self._is_on_host else number.detach().double()
 
-    def _numbers(self, numbers: Sequence[Tensor | float]) -> Tensor:
-        """One vector of numbers from the host and from the device, which is not waited for."""
-        if self._is_on_host:
-            return self._zero.new_tensor([float(number) for number in numbers])
-        vector = self._zero.new_tensor([0 if isinstance(number, Tensor) else number for number in numbers])
-        for place, number in enumerate(numbers):
-            if isinstance(number, Tensor):
-                vector[place] = number
-        return vector
-
-    def _seen_bits(self, seen: tuple[bool, ...]) -> Tensor:
-        """`seen` as numbers on the device; updates mostly repeat the last one's, so that one is kept."""
-        if self._bits[0] != seen:
-            self._bits = (seen, self._zero.new_tensor(seen))
-        return self._bits[1]
-
 
 def unpack(header: Tensor, norms: Sequence[Tensor], num_parameters: int, *, divisor: float) -> tuple[Header, Tensor]:
     """Read a reduced header: two copies to the host.
@@ -176,25 +168,31 @@ def unpack(header: Tensor, norms: Sequence[Tensor], num_parameters: int, *, divi
     Returns:
         The header, and the summed statistics of the batch norms (still on the device).
     """
-    end = len(_FIELDS) + num_parameters
-    values = header[:end].tolist()
-    field = dict(zip(_FIELDS, values, strict=False))
+    end = _NUM_NUMBERS + num_parameters
+    rest = _NO_STATISTICS
+    if header.numel() > end:
+        header, rest = header[:end], header[end:]
+    values = header.tolist()
+    workers, void, leave, regroup, stop, weight, loss, passes, squares, inverses = values[:_NUM_NUMBERS]
     read = Header(
-        num_workers=round(field["workers"]),
-        num_failed=round(field["void"]),
-        weight=field["weight"],
-        loss_sum=field["loss"],
-        num_first_passes=round(field["passes"]),
-        first_pass_squares=field["squares"],
-        first_pass_inverses=field["inverses"],
-        num_leaving=round(field["leave"]),
-        regroup=field["regroup"] > 0,
-        stop=field["stop"] > 0,
+        num_workers=round(workers),
+        num_failed=round(void),
+        weight=weight,
+        loss_sum=loss,
+        num_first_passes=round(passes),
+        first_pass_squares=squares,
+        first_pass_inverses=inverses,
+        num_leaving=round(leave),
+        regroup=regroup > 0,
+        stop=stop > 0,
         gradient_norm=_joint_norm(norms) * divisor,
-        seen=tuple(value > 0 for value in values[len(_FIELDS) :]),
+        seen=tuple(map(bool, values[_NUM_NUMBERS:])),
     )
-    return read, header[end:]
+    return read, rest
 
 
 def _joint_norm(norms: Sequence[Tensor]) -> float:
-    return math.hypot(*torch.stack(list(norms)).tolist()) if norms else 0.0
+    """Of 0-dim tensors on one device, which is waited for once."""
+    if not norms:
+        return 0.0
+    return math.hypot(*([norm.item() for norm in norms] if norms[0].is_cpu else torch.stack(list(norms)).tolist()))

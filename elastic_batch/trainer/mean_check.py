@@ -15,7 +15,6 @@ from elastic_batch.data import NotDivisibleError, cut
 from elastic_batch.errors import MisusedTrainer
 from elastic_batch.randomness import cuda_generator
 from elastic_batch.trainer.buffers import preserved_buffers
-from elastic_batch.trainer.precision import no_autocast
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +102,7 @@ class MeanCheck:
         if torch.float16 in self._types:
             loss = loss * _FP16_SCALE
         try:
-            with no_autocast(loss.device):
+            with torch.autocast(loss.device.type, enabled=False):
                 gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         except RuntimeError:
             return  # reentrant checkpointing allows no such gradient; what is really wrong will show in the backward

@@ -22,7 +22,6 @@ from elastic_batch.trainer.failures import judge
 from elastic_batch.trainer.fusing import obstacle_to_fusing
 from elastic_batch.trainer.machinery import Machinery
 from elastic_batch.trainer.options import TrainerOptions
-from elastic_batch.trainer.precision import autocast
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +75,7 @@ def settle_width(
         machinery.statistics.begin()
         machinery.statistics.samples_per_pass = width * options.micro_batch_size
         with machinery.randomness.over(list(range(width)), machinery.device) as draws:
-            with autocast(options.precision, machinery.device):
+            with machinery.autocast.forward():
                 loss = loss_fn(model, duplicate(batch))
             if reason := draws.stray():
                 raise CannotFuse(position, [], reason)

@@ -10,6 +10,8 @@ import torch
 
 Precision = Literal["float32", "bf16", "fp16"]
 
+_NOTHING: AbstractContextManager[Any] = nullcontext()
+
 _INITIAL_SCALE = 2.0**16
 _LEAST_SCALE = 1.0
 """Where scaling does not enlarge gradients any more, one that is not finite is not the scale's doing."""
@@ -17,16 +19,26 @@ _GROWTH_INTERVAL = 2000
 """Updates without an overflow after which the scale doubles (as in mixed-precision practice)."""
 
 
-def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """The context in which a forward runs: the model's own format, or autocast to bf16 or fp16."""
-    if precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+class Autocast:
+    """The contexts in which passes run on a device.
 
+    Args:
+        precision: `float32` is the model's own format.
+        device: Where the model computes.
+    """
 
-def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """The context in which a backward runs, wherever it is called."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+    def __init__(self, precision: Precision, device: torch.device) -> None:
+        self._type = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self._device_type = device.type
+
+    def forward(self) -> AbstractContextManager[Any]:
+        """The model's own format, or autocast to bf16 or fp16."""
+        return _NOTHING if self._type is None else torch.autocast(self._device_type, self._type)
+
+    def backward(self) -> AbstractContextManager[Any]:
+        """No autocast, wherever it is called."""
+        is_on = torch.is_autocast_enabled(self._device_type)
+        return torch.autocast(self._device_type, enabled=False) if is_on else _NOTHING
 
 
 class LossScaler:

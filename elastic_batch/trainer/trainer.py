@@ -36,7 +36,7 @@ from elastic_batch.trainer.machinery import Machinery
 from elastic_batch.trainer.options import TrainerOptions
 from elastic_batch.trainer.passes import LossFn, settle_width
 from elastic_batch.trainer.plan import forecast
-from elastic_batch.trainer.precision import LossScaler, autocast
+from elastic_batch.trainer.precision import Autocast, LossScaler
 from elastic_batch.trainer.progress import Progress
 from elastic_batch.trainer.recorder import Recorder
 from elastic_batch.trainer.saving import SavedState, Stateful
@@ -229,7 +229,7 @@ class Trainer:
         loop = self._begin()
 
         def under_autocast(model: nn.Module, batch: Any) -> Any:
-            with autocast(self.options.precision, self._device):
+            with loop.machinery.autocast.forward():
                 return measure(model, batch)
 
         loop.begin_evaluation()
@@ -297,7 +297,7 @@ class Trainer:
             model=self._plain_model,
             device=self._device,
             seed=self.options.seed,
-            precision=self.options.precision,
+            autocast=Autocast(self.options.precision, self._device),
             max_grad_norm=self.options.max_grad_norm,
             on_non_finite=self.options.on_non_finite,
             engine=self._enter_first(worlds),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from enum import Enum
 from typing import Any, Protocol
 
@@ -22,7 +22,6 @@ from elastic_batch.trainer.header import Header, unpack
 from elastic_batch.trainer.machinery import Machinery
 from elastic_batch.trainer.mean_check import MeanCheck
 from elastic_batch.trainer.plan import UpdatePlan
-from elastic_batch.trainer.precision import autocast, no_autocast
 from elastic_batch.trainer.stochastic import PassDraws
 
 
@@ -154,7 +153,7 @@ class Update:
                         return
                 machinery.statistics.samples_per_pass = self._num_samples(request)
                 self._awaits_backward = True
-                with self._draws_of(request), autocast(machinery.precision, machinery.device):
+                with self._draws_of(request), machinery.autocast.forward():
                     yield batch
                 if self._awaits_backward and not self.is_settled:
                     self._check_gradients()  # it may have been loss.backward()
@@ -292,18 +291,21 @@ class Update:
             self.fail(error)
             return None
 
-    @contextmanager
-    def _draws_of(self, request: PassRequest) -> Iterator[None]:
+    def _draws_of(self, request: PassRequest) -> AbstractContextManager[None]:
         """Let each of the pass's micro-batches draw at random what belongs to its position."""
         machinery = self._machinery
         seeds = [
             micro_batch_seed(machinery.seed, position, "forward")
             for position in range(request.start, request.start + self._num_samples(request), self.plan.micro_batch_size)
         ]
-        if len(seeds) == 1:
-            reseed(seeds[0], machinery.device)
-            yield
-            return
+        if len(seeds) > 1:
+            return self._draws_of_many(seeds)
+        reseed(seeds[0], machinery.device)
+        return nullcontext()
+
+    @contextmanager
+    def _draws_of_many(self, seeds: list[int]) -> Iterator[None]:
+        machinery = self._machinery
         with machinery.randomness.over(seeds, machinery.device) as self._draws:
             yield
         self._draws = None
@@ -312,7 +314,7 @@ class Update:
         machinery = self._machinery
         self._mean_check = MeanCheck(machinery.model, batch, self._num_samples(request))
         try:
-            with autocast(machinery.precision, machinery.device):
+            with machinery.autocast.forward():
                 yield from self._mean_check.parts()
             self._mean_check.verify()
         except MisusedTrainer as error:
@@ -328,7 +330,7 @@ class Update:
         if count != self._divisor:
             loss = loss * (count / self._divisor)
         engine, norms = (machinery.engine, self._norms_on_launch()) if is_last else (None, None)
-        with self._gradients.accepting(engine, norms), no_autocast(machinery.device):
+        with self._gradients.accepting(engine, norms), machinery.autocast.backward():
             loss.backward()
         if is_first and not is_last and machinery.estimator:
             machinery.tally.first_pass_norms = self._gradients.norms()

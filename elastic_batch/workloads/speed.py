@@ -19,7 +19,7 @@ from elastic_batch.job import Job
 from elastic_batch.stream import SampleStream
 from elastic_batch.trainer.assembly import make_deterministic
 from elastic_batch.trainer.passes import fastest, measure_widths, powers_of_two, width_without_measuring
-from elastic_batch.trainer.precision import autocast
+from elastic_batch.trainer.precision import Autocast
 from elastic_batch.trainer.stochastic import PassRandomness
 from elastic_batch.workloads.augmentation import LayoutTransform
 from elastic_batch.workloads.catalog import DATA_SETS
@@ -88,6 +88,7 @@ class _Worker:
         self.model.train()
         self.optimizer = build_optimizer(job.optimizer, self.model)
         self._loss_fn = build_loss(job.loss)
+        self._autocast = Autocast(job.precision, device)
         self._source = _open_source(job, device, layout)
         self._statistics = RunningStatistics(self.model)
         self._randomness = PassRandomness(self.model)
@@ -101,7 +102,7 @@ class _Worker:
         self._statistics.begin()
         self._statistics.samples_per_pass = width * self._job.micro_batch_size
         with self._randomness.over(list(range(width)), self._device) as draws:
-            with autocast(self._job.precision, self._device):
+            with self._autocast.forward():
                 loss = self._loss_fn(self.model, duplicate(batch))  # it may take from it
             if reason := draws.stray():
                 raise CannotFuse(0, [], reason)
