@@ -41,7 +41,7 @@ Loop = Generator[float, None, None]
 
 BOUND = 0.98
 BLOCK_SECONDS = 0.15  # a block is as many updates as take about this long
-NUM_ROUNDS, NUM_PAIRS = 8, 96
+NUM_ROUNDS, NUM_PAIRS = 8, 480
 WARM_UPS = 3  # blocks of one update, after the first, which compiles and checks the loss
 TIMEOUT_SECONDS = 600
 
