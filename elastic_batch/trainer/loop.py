@@ -49,7 +49,7 @@ class UpdateLoop:
         progress: How far the run is; kept up to date here.
         standing: What this worker is at; kept up to date here.
         state: What checkpoints hold.
-        recorder: The lead worker's records.
+        recorder: This worker's part in the records.
         compiles: Whether the first update in this process takes as long as compiling does.
 
     Attributes:
@@ -143,7 +143,8 @@ class UpdateLoop:
         plan = self._plan_next()
         if self.engine.rank == 0:
             self._phase_log.show(plan, self.engine.size)
-        self._recorder.begin_update()
+        if (lead := self._recorder.lead) is not None:
+            lead.begin_update()
         self._standing.stage = "compute"
         self._is_astray, self._num_evaluations = False, 0
         requests = plan.passes(rank=self.engine.rank, size=self.engine.size, width=self._progress.width)
@@ -199,7 +200,7 @@ class UpdateLoop:
         if self._progress.num_updates > update.index:
             self._is_astray = True  # who committed it may be further in the user's code
             return self._progress.header
-        self._recorder.repeated()
+        self._record_repetition()
         return None
 
     def _settle(self, update: Update) -> None:
@@ -232,8 +233,12 @@ class UpdateLoop:
             self._failed_update = update.index
         if update.failure is not None and update.failure.severity is Severity.NARROWER:
             self._progress.width = 1
-        self._recorder.repeated()
+        self._record_repetition()
         self.restart_source()
+
+    def _record_repetition(self) -> None:
+        if (lead := self._recorder.lead) is not None:
+            lead.repeated()
 
     def _after_commit(self, update: Update) -> None:
         if self.engine.generation != self._progress.origin:
@@ -261,14 +266,16 @@ class UpdateLoop:
             self._enter_next_world(broken=False)
 
     def _checkpoint_if_due(self, update: Update) -> None:
-        self._recorder.maybe_checkpoint(
-            self._state.collect, update.plan.start, self._progress.position, self._progress.num_updates
-        )
+        if (lead := self._recorder.lead) is not None:
+            lead.maybe_checkpoint(
+                self._state.collect, update.plan.start, self._progress.position, self._progress.num_updates
+            )
 
     def _depart(self) -> None:
         """Leave the world at this boundary; the others go on."""
         reach("leave.start")
-        self._recorder.flush()
+        if (lead := self._recorder.lead) is not None:
+            lead.flush()
         self.engine.close()
         self._say_goodbye()
 
@@ -310,8 +317,10 @@ class UpdateLoop:
         return True
 
     def _record_end(self) -> None:
+        if (lead := self._recorder.lead) is None:
+            return
         collect = self._state.collect if self.machinery.is_whole else None
-        self._recorder.finish(collect, self._progress.position, self._progress.num_updates, self._progress.stop_reason)
+        lead.finish(collect, self._progress.position, self._progress.num_updates, self._progress.stop_reason)
 
     def evaluate_in_next_world(self) -> None:
         """The world broke in an evaluation: enter the next one, and go on in it if all its workers are at the same."""

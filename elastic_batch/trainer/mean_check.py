@@ -85,6 +85,14 @@ class MeanCheck:
                     self._share = (stop - start) / self._num_samples
                     with preserved_buffers(self._model):
                         yield cut(self._batch, start, stop, self._num_samples)
+        except GeneratorExit:  # what failed is the user's code; nothing in its error says why it got half a batch
+            if stop - start < self._num_samples:
+                logger.error(
+                    "the loop was left while half a micro-batch, %d samples, was in it: the first one comes in halves "
+                    "too, to check the loss. If the model takes whole micro-batches only, say check_loss=False",
+                    stop - start,
+                )
+            raise
         finally:
             torch.backends.cudnn.enabled = with_cudnn
             for module, mode in modes:

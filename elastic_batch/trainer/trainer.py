@@ -252,7 +252,8 @@ class Trainer:
                 loop.evaluate_in_next_world()
         self._standing.stage = "user"
         named = {name or name_of(measure): mean for name, mean in means.items()}
-        self._recorder.evaluation(named, self.position, self.num_updates)
+        if (lead := self._recorder.lead) is not None:
+            lead.evaluation(named, self.position, self.num_updates)
         return means.get(UNNAMED, means)
 
     def close(self) -> None:
@@ -277,7 +278,7 @@ class Trainer:
             return self._loop
         self._membership = self._membership or open_membership(self._device)
         self._recorder.report = self._membership.progress
-        if self._membership.is_elastic or self._recorder.checkpoint_location is not None:
+        if self._membership.is_elastic or self._recorder.checkpoints.location is not None:
             check_state(self._state.collect())  # now, and not when the first checkpoint is due
         worlds = Worlds(
             self._membership,

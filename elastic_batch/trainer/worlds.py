@@ -34,7 +34,7 @@ class Worlds:
         schedule: The run's.
         state: What workers hand to each other.
         progress: How far this worker is.
-        recorder: The lead worker's records; opened and closed here, as the lead changes.
+        recorder: This worker's part in the records; opened and closed here, as the lead changes.
         standing: What this worker is at, for whoever reports it.
     """
 
@@ -67,8 +67,8 @@ class Worlds:
         """
         self._look_ahead()
         if self._membership.is_elastic:
-            self._standing.newest_writer = self._recorder.newest_writer()
-        return self._enter(self._membership.first(self._standing, self._recorder.fingerprint))[0]
+            self._standing.newest_writer = self._recorder.checkpoints.newest_writer()
+        return self._enter(self._membership.first(self._standing, self._recorder.checkpoints.fingerprint))[0]
 
     def next(self, ended: Engine, *, broken: bool, evaluating: int = 0) -> tuple[Engine, bool]:
         """Enter the world after one that broke or was left at a boundary.
@@ -147,13 +147,14 @@ class Worlds:
     def _take_up(self, generation: int) -> None:
         """Load the checkpoint to resume from, or begin."""
         recorder, resume = self._recorder, os.fspath(self._options.resume)
+        checkpoints = recorder.checkpoints
         if not self._membership.is_elastic:
             recorder.claim()
-        elif recorder.newest_writer() > (-1 if self._membership.goes_on else self._standing.newest_writer):
+        elif checkpoints.newest_writer() > (-1 if self._membership.goes_on else self._standing.newest_writer):
             resume = "auto"  # all others were lost: what the run once began with is of no use any more
         if resume == "never":
-            recorder.require_unused()
-        checkpoint: Checkpoint | None = find_checkpoint(resume, recorder.checkpoint_location)
+            checkpoints.require_unused()
+        checkpoint: Checkpoint | None = find_checkpoint(resume, checkpoints.location)
         progress = self._progress
         if checkpoint is not None:
             recorder.resume(checkpoint)

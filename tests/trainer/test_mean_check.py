@@ -226,3 +226,27 @@ def test_only_the_use_of_cudnn_changes_meanwhile(monkeypatch: pytest.MonkeyPatch
     for _ in MeanCheck(_MODEL, _batch(), 8).parts():
         assert not torch.backends.cudnn.enabled
     assert torch.backends.cudnn.enabled == enabled
+
+
+def test_a_model_that_takes_whole_micro_batches_only_is_told_why_it_got_half_a_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = nn.Linear(4, 1)
+    data = TensorDataset(torch.randn(32, 4), torch.randn(32, 1))
+    schedule = StepsSchedule.of(global_batch_size=8, max_duration="1ep", points="0:8")
+
+    def train(**options: Any) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with Trainer(model, optimizer, data, schedule, micro_batch_size=8, **options) as trainer:
+            for update in trainer.updates():
+                for x, y in update:
+                    update.backward(F.mse_loss(model(x.view(8, 4)), y))
+                update.step()
+
+    with pytest.raises(RuntimeError, match="invalid for input of size 16"):
+        train()
+    assert "half a micro-batch, 4 samples" in caplog.text
+    assert "check_loss=False" in caplog.text
+    caplog.clear()
+    train(check_loss=False)
+    assert not caplog.text

@@ -71,9 +71,11 @@ def test_the_summary_has_every_evaluation_after_the_last_update(tmp_path: Path) 
     plan = Plan(IMAGES, num_updates=2, options={"run_dir": tmp_path / "run"})
     with make_trainer(plan, FixedWorld(SoloEngine())) as trainer:
         trainer._recorder.enter(0, True, trainer._progress, is_new=True)
+        lead = trainer._recorder.lead
+        assert lead is not None
         for num_updates, metrics in ((1, {"old": 1.0}), (2, {"accuracy": 0.5}), (2, {"ema": 0.6})):
-            trainer._recorder.evaluation(metrics, 8 * num_updates, num_updates)
-        trainer._recorder.finish(None, 16, 2, "far enough")
+            lead.evaluation(metrics, 8 * num_updates, num_updates)
+        lead.finish(None, 16, 2, "far enough")
     assert read_summary(tmp_path / "run")["metrics"] == {"accuracy": 0.5, "ema": 0.6}
 
 

@@ -173,8 +173,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_update_and_checkpoint
                     loss, weight = TOKENS.loss_fn(trainer.model, batch)
                     update.backward(loss * (math.nan if update.index == 14 else 1), weight)
                 update.step()
-                assert trainer._recorder._saver is not None
-                trainer._recorder._saver.wait()  # so that the checkpoint's name is known
+                assert trainer._recorder.lead is not None
+                assert trainer._recorder.lead._saver is not None
+                trainer._recorder.lead._saver.wait()  # so that the checkpoint's name is known
 
         with pytest.raises(NonFinite, match=r"the loss of update 14 .* last good checkpoint is 0*208-g0-"):
             train_into_the_error()

@@ -1,0 +1,233 @@
+"""What the lead worker leaves behind: records of updates and evaluations, checkpoints, the summary."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from elastic_batch.checkpoint import Manifest
+from elastic_batch.engines import Engine
+from elastic_batch.errors import CheckpointNotSaved
+from elastic_batch.failpoints import reach
+from elastic_batch.noise import NoiseScaleEstimator
+from elastic_batch.rundir import Commit
+from elastic_batch.schedule import Schedule, plan
+from elastic_batch.trainer.options import TrainerOptions
+from elastic_batch.trainer.outlets import Outlets, Report
+from elastic_batch.trainer.run_checkpoints import RunCheckpoints
+from elastic_batch.trainer.saving import Saver
+from elastic_batch.trainer.update import Update
+
+Collect = Callable[[], dict[str, Any]]
+
+
+class LeadRecords:
+    """Writes down what happens to a run, while this worker leads it.
+
+    Args:
+        options: Where to, how often.
+        schedule: The run's.
+        checkpoints: Where they go.
+        generation: That of the world which begins.
+        goes_on: Whether the run that is in the run directory goes on, whatever the options say of resuming.
+        report: Hears of everything that metrics count besides updates, on any thread.
+
+    Raises:
+        RunDirectoryUsed: A fresh run was asked for in a used directory.
+        InvalidSetting: The metrics' port or file cannot be used.
+        OSError: The run directory cannot be written to.
+    """
+
+    def __init__(
+        self,
+        options: TrainerOptions,
+        schedule: Schedule,
+        checkpoints: RunCheckpoints,
+        *,
+        generation: int,
+        goes_on: bool,
+        report: Report,
+    ) -> None:
+        self._options = options
+        self._schedule = schedule
+        self._checkpoints = checkpoints
+        self._outlets = Outlets(options, goes_on=goes_on, report=report)
+        store = checkpoints.open(generation)
+        events = self._outlets.checkpoint_events
+        self._saver = None if store is None else Saver(store, checkpoints.interval, events)
+        self._started_at = 0.0
+        self._world_size: int | None = None
+        self._final_metrics: dict[str, float] = {}
+        self._evaluated_at = -1
+        self._ending: dict[str, Any] = {}
+
+    @property
+    def run_id(self) -> str | None:
+        """The name of the run in the run directory; None without a directory."""
+        return self._outlets.run_id
+
+    @property
+    def newest_checkpoint(self) -> str | None:
+        """Name of the newest checkpoint that was written here; None: none yet."""
+        newest = self._saver.newest if self._saver is not None else None
+        return None if newest is None else newest.name
+
+    def resume(self, position: int, found: Manifest | None) -> None:
+        """The run goes on from a position, and from a checkpoint if one was loaded."""
+        self._outlets.metrics.resume(position)
+        if found is not None:
+            self._outlets.checkpoint_found(found)
+
+    def enter(self, generation: int) -> None:
+        """A newer world begins under this lead."""
+        if self._saver is not None:
+            self._saver.enter(generation)
+
+    def complete_ledger(self, commits: Iterable[Commit]) -> None:
+        """Write down what an earlier lead worker that was killed may not have."""
+        self._outlets.complete_ledger(commits)
+
+    def flush(self) -> None:
+        """Let what was recorded survive the end of this process."""
+        self._outlets.flush()
+
+    def begin_update(self) -> None:
+        """An update starts; what lies between updates is the user's time and does not count."""
+        self._started_at = time.monotonic()
+
+    def update(
+        self, update: Update, commit: Commit, engine: Engine, estimator: NoiseScaleEstimator | None
+    ) -> dict[str, Any]:
+        """Record a committed update. Returns the record."""
+        seconds = time.monotonic() - self._started_at
+        self._world_size = engine.size
+        done, values = update.plan, update.plan.values
+        record = {
+            "kind": "update",
+            "update": done.index + 1,
+            "position": done.stop,
+            "epoch": done.stop / done.num_samples,
+            "phase": values.phase,
+            "global_batch_size": update.global_batch_size,
+            "num_micro_batches": done.num_micro_batches,
+            "learning_rate": values.learning_rate,
+            "momentum": values.momentum,
+            "noise_scale": self._schedule.noise_scale(values),
+            "measured_noise_scale": estimator.noise_scale if estimator else None,
+            "gradient_square": estimator.gradient_square if estimator else None,
+            "gradient_variance": estimator.gradient_variance if estimator else None,
+            "loss": update.loss,
+            "weight": update.committed_header.weight,
+            "gradient_norm": update.gradient_norm,
+            "skipped": update.was_skipped,
+            "seconds": seconds,
+            "step_seconds": update.step_seconds,
+            "samples_per_second": update.global_batch_size / seconds if seconds > 0 else math.nan,
+            "world_size": engine.size,
+            "generation": engine.generation,
+            "time": time.time(),
+        }
+        self._outlets.update(record, commit)
+        return record
+
+    def evaluation(self, metrics: Mapping[str, float], position: int, num_updates: int) -> None:
+        """Record what an evaluation found; the summary has the last one's."""
+        earlier = self._final_metrics if self._evaluated_at == num_updates else {}
+        self._final_metrics, self._evaluated_at = {**earlier, **metrics}, num_updates
+        self._outlets.evaluation(
+            {
+                "kind": "evaluation",
+                "update": num_updates,
+                "position": position,
+                "epoch": position / self._schedule.num_samples,
+                "metrics": dict(metrics),
+                "time": time.time(),
+            }
+        )
+        if self._ending:
+            self._summarize()
+
+    def repeated(self) -> None:
+        """Count an update that has to be done again."""
+        self._outlets.happened({"kind": "repeated", "updates": 1})
+
+    def maybe_checkpoint(self, collect: Collect, before: int, position: int, num_updates: int) -> None:
+        """Save a checkpoint if one became due between the positions `before` and `position`."""
+        if self._saver is not None and self._saver.is_due(before, position):
+            self._checkpoint(self._saver, collect, position, num_updates)
+
+    def finish(self, collect: Collect | None, position: int, num_updates: int, reason: str | None) -> None:
+        """The loop over the updates ended: save the last state and the summary.
+
+        Args:
+            collect: Gives the state; None if there is none that belongs to the position.
+            position: Samples committed.
+            num_updates: Updates committed.
+            reason: Why it ended before the schedule did; None if it did not.
+
+        Raises:
+            CheckpointNotSaved: The last state is not on the disk.
+        """
+        saver = self._saver
+        if saver is not None and saver.generation < self._checkpoints.newest_writer():
+            return  # others went on with the run without this worker, and have begun to write: the end is theirs
+        unsaved: CheckpointNotSaved | None = None
+        if saver is not None:
+            if position and collect is not None:
+                unsaved = self._save_last(saver, collect, position, num_updates)
+            saver.wait()
+        finished = position >= self._schedule.end and unsaved is None
+        if unsaved is not None:
+            reason = "the state was not saved"
+        self._ending = {
+            "updates": num_updates,
+            "samples": position,
+            "finished": finished,
+            "reason": "the schedule's end" if finished else reason or "an error",
+            "world_size": self._world_size,
+        }
+        self._summarize()
+        self._outlets.sync()
+        if unsaved is not None:
+            raise unsaved
+
+    def close(self) -> None:
+        """Write what waits and close everything."""
+        with ExitStack() as ending:
+            ending.callback(self._outlets.close)
+            if self._saver is not None:
+                ending.callback(self._saver.close)
+
+    def _save_last(self, saver: Saver, collect: Collect, position: int, num_updates: int) -> CheckpointNotSaved | None:
+        """Save the state that a run ends with, at the second attempt if need be. Returns why it is not saved."""
+        for _ in range(2):
+            self._checkpoint(saver, collect, position, num_updates)
+            saver.wait()
+            if saver.error is None:
+                return None
+        return CheckpointNotSaved(num_updates, str(self._checkpoints.location), saver.error, self.newest_checkpoint)
+
+    def _checkpoint(self, saver: Saver, collect: Collect, position: int, num_updates: int) -> None:
+        reach("checkpoint.start")
+        started = time.monotonic()
+        if saver.save(collect, self._checkpoints.describe(position, num_updates)):
+            self._outlets.happened({"kind": "checkpoint blocked", "seconds": time.monotonic() - started})
+
+    def _summarize(self) -> None:
+        planned = plan(self._schedule)
+        self._outlets.summarize(
+            {
+                "name": self._options.name,
+                "strategy": self._schedule.rule.partition(",")[0],
+                "seed": self._options.seed,
+                **self._ending,
+                "planned_updates": planned.updates,
+                "baseline_updates": planned.baseline_updates,
+                "epochs": self._ending["samples"] / self._schedule.num_samples,
+                "seconds": self._outlets.seconds_of_updates(),
+                "metrics": self._final_metrics,
+            }
+        )
