@@ -168,3 +168,10 @@ def test_the_state_is_the_same_where_the_generators_have_another_layout(monkeypa
     with seeded(7):
         draw()
     assert held() == state
+
+
+def test_this_python_and_numpy_have_the_layout_that_is_fast() -> None:
+    source = np.random.get_bit_generator()  # type: ignore[attr-defined]  # missing in numpy's stubs
+    assert randomness._python_words() is not None
+    assert randomness._numpy_words(source) is not None
+    assert randomness._numpy_half() is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -122,3 +123,15 @@ def test_narrow_gradients_do_not_all_live_until_the_end_of_a_backward() -> None:
         model(inputs(0).to(torch.bfloat16), 0, 1, 2).backward()
     assert left == [None]
     assert all(sums.seen)
+
+
+def test_norms_make_up_the_whole_gradient_s_whatever_the_shapes() -> None:
+    shapes = [(3,), (2, 3), (), (5,), (4, 1, 2), (0,), (2**14 + 1,)]
+    parameters = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes]
+    parameters.append(nn.Parameter(torch.randn(7)))
+    sums = GradientSums(parameters).begin(alone=True)
+    with sums.accepting():
+        torch.stack([(parameter.double() ** 3).sum() for parameter in parameters]).sum().backward()
+    whole = torch.cat([3 * parameter.detach().double().flatten() ** 2 for parameter in parameters])
+    found = math.hypot(*(float(norm) for norm in sums.norms()))
+    assert found == pytest.approx(float(whole.norm()), rel=1e-6)
