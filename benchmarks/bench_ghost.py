@@ -90,8 +90,8 @@ def steps(
 ) -> Iterator[None]:
     """Steps of SGD with momentum, in pieces: stem, each block and head forward, then backward, then the update."""
 
-    def head(features: Tensor) -> Tensor:
-        return F.cross_entropy(model.classifier(F.relu(model.norm(features)).mean((2, 3))), labels)
+    def loss(features: Tensor) -> Tensor:
+        return F.cross_entropy(model.head(features), labels)
 
     model.to(memory_format=memory_format)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -99,7 +99,7 @@ def steps(
         optimizer.zero_grad()
         handed: list[tuple[Tensor, Tensor]] = []
         result, gradient = images, None
-        for part in (model.stem, *model.blocks, head):
+        for part in (model.stem, *model.blocks, loss):
             taken = result.detach().requires_grad_(part is not model.stem)
             result = part(taken)
             handed.append((taken, result))

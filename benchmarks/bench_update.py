@@ -161,15 +161,15 @@ def summarize(case: Case, rounds: list[list[Pair]]) -> dict[str, Any]:
     clock = trusted_clock(pairs, case.processes)
     by_clock = {name: ratio_of_rounds(rounds, name) for name in ("wall", "cpu")}
     theirs, ours = zip(*pairs, strict=True)
-    plain = milliseconds(theirs, clock)
+    is_long = milliseconds(theirs, "wall") >= LEAST_MILLISECONDS
     return {
         **asdict(case),
-        "plain_milliseconds": plain,
+        "plain_milliseconds": milliseconds(theirs, clock),
         "trainer_milliseconds": milliseconds(ours, clock),
         "clock": clock,
         "throughput_ratio": {name: asdict(value) for name, value in by_clock.items()},
         "by_round": [ratio_of(each, clock).ratio for each in rounds],
-        "promise": by_clock[clock].verdict(at_least=BOUND) if plain >= LEAST_MILLISECONDS else "none",
+        "promise": by_clock[clock].verdict(at_least=BOUND) if is_long else "none",
     }
 
 

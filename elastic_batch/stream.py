@@ -15,7 +15,9 @@ from elastic_batch.errors import InvalidSetting
 from elastic_batch.permutation import MAX_LENGTH, Grid, Words, derive, derive_each, permute, pick
 
 _CHUNK = 8192  # positions worked on at once: the working arrays stay in a core's cache
-_AHEAD = 8192  # positions evaluated for a small request; the calls, not the elements, are what it costs
+# Positions evaluated for a small request; the calls, not the elements, are what it costs. Further ahead where requests
+# follow each other: who jumps from share to share throws most of it away.
+_AHEAD, _FAR_AHEAD = 1024, 8192
 _NOTHING_AHEAD = (0, np.empty(0, np.int64))
 
 
@@ -74,7 +76,8 @@ class SampleStream:
             return self._evaluate(start, stop)
         first, ahead = self._ahead
         if not first <= start <= stop <= first + len(ahead):
-            first, ahead = self._ahead = start, self._evaluate(start, start + _AHEAD)
+            number = _FAR_AHEAD if first <= start <= first + len(ahead) else _AHEAD
+            first, ahead = self._ahead = start, self._evaluate(start, start + number)
         return ahead[start - first : stop - first].copy()
 
     def _evaluate(self, start: int, stop: int) -> npt.NDArray[np.int64]:

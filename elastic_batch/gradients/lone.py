@@ -44,7 +44,7 @@ class LoneSums:
         self._narrow: dict[int, Tensor] = {}  # the sums of the other parameters
         self._memories: set[int] = set()
         self._hooks: list[RemovableHandle] = []
-        self._is_empty = True
+        self._is_complete = False  # whether no parameter can get its first gradient any more
         self._accepting = False
 
     def begin(self) -> None:
@@ -75,10 +75,10 @@ class LoneSums:
 
     @contextmanager
     def accepting(self, reduce_with: Engine | None = None, norms: list[Tensor] | None = None) -> Iterator[None]:
-        if self._is_empty:
-            self.check()
-        else:
+        if self._is_complete:
             self._check_versions()  # a gradient that was replaced shows in the end
+        else:
+            self.check()
         self._accepting = True
         try:
             yield
@@ -87,8 +87,8 @@ class LoneSums:
         found = self._gradients()
         if not all(map(is_, found, self._left)):
             self._take(found)
+            self._is_complete = all(gradient is not None for gradient in self._left)
         self._versions = _versions(self._left)
-        self._is_empty = False
 
     def flush(self, engine: Engine, norms: list[Tensor] | None = None) -> None:
         """Nothing is to be reduced."""
@@ -120,7 +120,7 @@ class LoneSums:
         self._left, self._versions = [None] * len(self._parameters), [None] * len(self._parameters)
         self._narrow.clear()
         self._memories.clear()
-        self._is_empty = True
+        self._is_complete = False
 
     def _check_versions(self) -> None:
         if _versions(self._left) != self._versions:

@@ -125,8 +125,8 @@ class Tally:
         numbers = (*flags, self.weight, self.loss_sum, *self._first_pass(divisor))
         known = [0 if isinstance(number, Tensor) else number for number in numbers]
         header = torch.frombuffer(array("d", [*known, *seen]), dtype=torch.float64)
-        if not self._is_on_host:  # the device is not waited for
-            header = header.to(self._device)
+        if not self._is_on_host:
+            header = header.to(self._device, non_blocking=True)
             for place, number in enumerate(numbers):
                 if isinstance(number, Tensor):
                     header[place] = number

@@ -32,12 +32,15 @@ class LeadRecords:
         schedule: The run's.
         checkpoints: Where they go.
         generation: That of the world which begins.
+        position: Where the run goes on; 0: it begins.
+        resumed_from: The checkpoint that was loaded.
+        known_checkpoint: Name of the newest one known to be good.
         goes_on: Whether the run that is in the run directory goes on, whatever the options say of resuming.
         report: Hears of everything that metrics count besides updates, on any thread.
 
     Raises:
         RunDirectoryUsed: A fresh run was asked for in a used directory.
-        InvalidSetting: The metrics' port or file cannot be used.
+        InvalidSetting: The metrics' port or file cannot be used, or the place or interval of checkpoints.
         OSError: The run directory cannot be written to.
     """
 
@@ -48,21 +51,25 @@ class LeadRecords:
         checkpoints: RunCheckpoints,
         *,
         generation: int,
+        position: int,
+        resumed_from: Manifest | None,
+        known_checkpoint: str | None,
         goes_on: bool,
         report: Report,
     ) -> None:
         self._options = options
         self._schedule = schedule
         self._checkpoints = checkpoints
-        self._outlets = Outlets(options, goes_on=goes_on, report=report)
-        store = checkpoints.open(generation)
-        events = self._outlets.checkpoint_events
-        self._saver = None if store is None else Saver(store, checkpoints.interval, events)
+        self._known_checkpoint = known_checkpoint
         self._started_at = 0.0
-        self._world_size: int | None = None
-        self._final_metrics: dict[str, float] = {}
-        self._evaluated_at = -1
         self._ending: dict[str, Any] = {}
+        store, interval = checkpoints.open(generation), checkpoints.interval
+        self._outlets = Outlets(options, goes_on=goes_on, report=report)
+        self._saver = None if store is None else Saver(store, interval, self._outlets.checkpoint_events)
+        if position:
+            self._outlets.metrics.resume(position)
+        if resumed_from is not None:
+            self._outlets.checkpoint_found(resumed_from)
 
     @property
     def run_id(self) -> str | None:
@@ -70,16 +77,10 @@ class LeadRecords:
         return self._outlets.run_id
 
     @property
-    def newest_checkpoint(self) -> str | None:
-        """Name of the newest checkpoint that was written here; None: none yet."""
+    def last_checkpoint(self) -> str | None:
+        """Name of the newest checkpoint known to be good."""
         newest = self._saver.newest if self._saver is not None else None
-        return None if newest is None else newest.name
-
-    def resume(self, position: int, found: Manifest | None) -> None:
-        """The run goes on from a position, and from a checkpoint if one was loaded."""
-        self._outlets.metrics.resume(position)
-        if found is not None:
-            self._outlets.checkpoint_found(found)
+        return self._known_checkpoint if newest is None else newest.name
 
     def enter(self, generation: int) -> None:
         """A newer world begins under this lead."""
@@ -103,7 +104,6 @@ class LeadRecords:
     ) -> dict[str, Any]:
         """Record a committed update. Returns the record."""
         seconds = time.monotonic() - self._started_at
-        self._world_size = engine.size
         done, values = update.plan, update.plan.values
         record = {
             "kind": "update",
@@ -135,8 +135,6 @@ class LeadRecords:
 
     def evaluation(self, metrics: Mapping[str, float], position: int, num_updates: int) -> None:
         """Record what an evaluation found; the summary has the last one's."""
-        earlier = self._final_metrics if self._evaluated_at == num_updates else {}
-        self._final_metrics, self._evaluated_at = {**earlier, **metrics}, num_updates
         self._outlets.evaluation(
             {
                 "kind": "evaluation",
@@ -187,7 +185,6 @@ class LeadRecords:
             "samples": position,
             "finished": finished,
             "reason": "the schedule's end" if finished else reason or "an error",
-            "world_size": self._world_size,
         }
         self._summarize()
         self._outlets.sync()
@@ -208,7 +205,7 @@ class LeadRecords:
             saver.wait()
             if saver.error is None:
                 return None
-        return CheckpointNotSaved(num_updates, str(self._checkpoints.location), saver.error, self.newest_checkpoint)
+        return CheckpointNotSaved(num_updates, str(self._checkpoints.location), saver.error, self.last_checkpoint)
 
     def _checkpoint(self, saver: Saver, collect: Collect, position: int, num_updates: int) -> None:
         reach("checkpoint.start")
@@ -227,7 +224,5 @@ class LeadRecords:
                 "planned_updates": planned.updates,
                 "baseline_updates": planned.baseline_updates,
                 "epochs": self._ending["samples"] / self._schedule.num_samples,
-                "seconds": self._outlets.seconds_of_updates(),
-                "metrics": self._final_metrics,
             }
         )

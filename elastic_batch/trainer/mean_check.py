@@ -85,14 +85,7 @@ class MeanCheck:
                     self._share = (stop - start) / self._num_samples
                     with preserved_buffers(self._model):
                         yield cut(self._batch, start, stop, self._num_samples)
-        except GeneratorExit:  # what failed is the user's code; nothing in its error says why it got half a batch
-            if stop - start < self._num_samples:
-                logger.error(
-                    "the loop was left while half a micro-batch, %d samples, was in it: the first one comes in halves "
-                    "too, to check the loss. If the model takes whole micro-batches only, say check_loss=False",
-                    stop - start,
-                )
-            raise
+            self._share = 0.0
         finally:
             torch.backends.cudnn.enabled = with_cudnn
             for module, mode in modes:
@@ -102,6 +95,14 @@ class MeanCheck:
         on_device = cuda_generator(self._parameters[0].device if self._parameters else None)
         generators = [torch.default_generator, *([] if on_device is None else [on_device])]
         return [generator.get_state().tolist() for generator in generators]
+
+    def explain(self) -> None:
+        """Say why the user's code got half a micro-batch, if that is where it failed: its error does not."""
+        if 0 < self._share < 1:
+            logger.warning(
+                "the loop got no further than half a micro-batch: the first one comes in halves too, to check the "
+                "loss; if the model takes whole micro-batches only, say check_loss=False"
+            )
 
     def record(self, loss: Tensor) -> None:
         """Take the mean loss of the part at hand."""

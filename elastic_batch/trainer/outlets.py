@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from elastic_batch.checkpoint import CheckpointInfo, Manifest, WriterEvents
 from elastic_batch.errors import InvalidSetting
-from elastic_batch.rundir import Commit, RunDirectory, is_used, read_metrics
+from elastic_batch.rundir import Commit, RunDirectory, is_used, read_evaluations, read_metrics
 from elastic_batch.telemetry import GuardedLogger, Metrics, MetricsFile, MetricsServer
 from elastic_batch.trainer.options import TrainerOptions
 
@@ -44,7 +44,6 @@ class Outlets:
         self._loggers = [GuardedLogger(type(each).__name__, each) for each in options.loggers]
         self._report = report
         self._directory = _open_directory(options, goes_on)
-        self._seconds = 0.0
         self._serve_at = 0.0
         registry = CollectorRegistry()
         self.metrics = Metrics(registry, run=options.name)
@@ -92,7 +91,6 @@ class Outlets:
 
     def update(self, record: Mapping[str, Any], commit: Commit) -> None:
         """Put out the record of a committed update."""
-        self._seconds += record["seconds"]
         if self._open_server is not None or self._file is not None:
             self.metrics.update(record)
             self._serve(or_later=True)
@@ -126,16 +124,26 @@ class Outlets:
             each.log(record)
 
     def summarize(self, summary: Mapping[str, Any]) -> None:
-        """Leave a summary in the run directory."""
-        if self._directory is not None:
-            self._directory.summarize(summary)
+        """Leave a summary in the run directory, with what its log says of the whole run, whoever led it.
 
-    def seconds_of_updates(self) -> float:
-        """Time that the run's updates took, those before a resume included where there is a run directory."""
+        That is the time of all updates, the size of the last one's world, and the metrics of the last evaluation.
+
+        Args:
+            summary: The rest, `updates` among it: what the log has of later ones was taken back.
+        """
         if self._directory is None:
-            return self._seconds
+            return
         self._directory.flush()
-        return math.fsum(record["seconds"] for record in read_metrics(self._directory.path))
+        path, num_updates = self._directory.path, summary["updates"]
+        seconds, world_size, metrics = [], None, {}
+        for record in read_metrics(path):
+            seconds.append(record["seconds"])
+            world_size = record["world_size"]
+        for record in read_evaluations(path):
+            if record["update"] <= num_updates:
+                metrics = record["metrics"]
+        found = {"world_size": world_size, "seconds": math.fsum(seconds), "metrics": metrics}
+        self._directory.summarize({**summary, **found})
 
     def flush(self) -> None:
         """Let the run directory's logs survive the end of this process."""

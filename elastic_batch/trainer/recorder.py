@@ -65,8 +65,7 @@ class Recorder:
     @property
     def last_checkpoint(self) -> str | None:
         """Name of the newest checkpoint known to be good; workers other than the lead know an older one."""
-        newest = self.lead.newest_checkpoint if self.lead is not None else None
-        return newest or self._known_checkpoint
+        return self._known_checkpoint if self.lead is None else self.lead.last_checkpoint
 
     @property
     def run_id(self) -> str | None:
@@ -146,12 +145,13 @@ class Recorder:
                 self._schedule,
                 self.checkpoints,
                 generation=self.checkpoints.newest_writer() + 1 if self._is_alone else generation,
+                position=progress.position,
+                resumed_from=self._resumed_from,
+                known_checkpoint=self._known_checkpoint,
                 goes_on=not is_new or self._resumed_from is not None,
                 report=self.report,
             )
             self._owes = True
-            if progress.num_updates:
-                self.lead.resume(progress.position, self._resumed_from)
         if self._owes:
             self._owes = False
             self.lead.complete_ledger(each for each in self._commits if each.stop <= progress.position)

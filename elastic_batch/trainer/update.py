@@ -210,6 +210,8 @@ class Update:
 
     def fail(self, error: Exception) -> None:
         """Give this worker's share up: all workers will hear of it in the header and repeat the update."""
+        if self._mean_check is not None and self.failure is None:
+            self._mean_check.explain()
         width = self._requests[self._num_done].num_micro_batches if self._num_done < len(self._requests) else 1
         self._awaits_backward = False
         self.error = error
@@ -319,6 +321,9 @@ class Update:
             self._mean_check.verify()
         except MisusedTrainer as error:
             self.fail(error)
+        except GeneratorExit:
+            self._mean_check.explain()
+            raise
         finally:
             self._mean_check = None
 

@@ -76,8 +76,11 @@ class ResidualNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [B, channels_in, H, W] to logits [B, num_classes]."""
-        features = F.relu(self.norm(self.blocks(self.stem(images))))
-        return cast(Tensor, self.classifier(features.mean((2, 3))))
+        return self.head(self.blocks(self.stem(images)))
+
+    def head(self, features: Tensor) -> Tensor:
+        """Map the last block's features [B, C, H, W] to logits [B, num_classes]."""
+        return cast(Tensor, self.classifier(F.relu(self.norm(features)).mean((2, 3))))
 
     def _initialise(self) -> None:
         # He et al. 2015 over the outgoing connections, as the wide residual net's authors do; the classifier from zero

@@ -75,6 +75,36 @@ def test_a_direct_backward_before_the_first_pass_is_refused() -> None:
         pass
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("reached", [False, True])
+def test_a_gradient_that_others_gave_a_parameter_which_no_pass_had_reached_is_refused(
+    reached: bool, dtype: torch.dtype
+) -> None:
+    model = Branching().to(dtype)
+    sums = GradientSums(model.parameters()).begin(alone=True)
+    with sums.accepting():
+        model(inputs(0).to(dtype), 0).backward()
+    late = model.get_parameter("layers.2.weight")
+    late.grad = torch.ones_like(late)
+    with pytest.raises(MisusedTrainer, match="grad was changed during an update"), sums.accepting():
+        model(inputs(1).to(dtype), 2 if reached else 0).backward()
+
+
+def test_parameters_may_be_reached_by_later_passes_only() -> None:
+    model = Branching()
+    sums = GradientSums(model.parameters()).begin(alone=True)
+    for seed, used in enumerate(((0,), (1, 2), (0, 2))):
+        with sums.accepting():
+            model(inputs(seed), *used).backward()
+        sums.check()
+    sums.finish(1.0, sums.seen)
+    found = [parameter.grad for parameter in model.parameters()]
+    losses = [model(inputs(seed), *used) for seed, used in enumerate(((0,), (1, 2), (0, 2)))]
+    for one, other in zip(found, torch.autograd.grad(torch.stack(losses).sum(), list(model.parameters())), strict=True):
+        assert one is not None
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=0)
+
+
 def test_users_hooks_may_change_gradients_during_the_backward() -> None:
     def add_one(parameter: Tensor) -> None:
         assert parameter.grad is not None

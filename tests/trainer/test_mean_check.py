@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -228,25 +229,45 @@ def test_only_the_use_of_cudnn_changes_meanwhile(monkeypatch: pytest.MonkeyPatch
     assert torch.backends.cudnn.enabled == enabled
 
 
+@pytest.mark.parametrize("loop", ["own", "the trainer's"])
 def test_a_model_that_takes_whole_micro_batches_only_is_told_why_it_got_half_a_one(
-    caplog: pytest.LogCaptureFixture,
+    loop: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = nn.Linear(4, 1)
     data = TensorDataset(torch.randn(32, 4), torch.randn(32, 1))
     schedule = StepsSchedule.of(global_batch_size=8, max_duration="1ep", points="0:8")
 
+    def loss_fn(model: nn.Module, batch: list[Tensor]) -> Tensor:
+        return F.mse_loss(model(batch[0].view(8, 4)), batch[1])
+
     def train(**options: Any) -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        with Trainer(model, optimizer, data, schedule, micro_batch_size=8, **options) as trainer:
+        with Trainer(model, optimizer, data, schedule, micro_batch_size=8, loss_fn=loss_fn, **options) as trainer:
+            if loop == "the trainer's":
+                list(trainer)
+                return
             for update in trainer.updates():
-                for x, y in update:
-                    update.backward(F.mse_loss(model(x.view(8, 4)), y))
+                for batch in update:
+                    update.backward(loss_fn(model, batch))
                 update.step()
 
-    with pytest.raises(RuntimeError, match="invalid for input of size 16"):
+    with nullcontext() if loop == "the trainer's" else pytest.raises(RuntimeError, match="invalid for input of size"):
         train()
-    assert "half a micro-batch, 4 samples" in caplog.text
-    assert "check_loss=False" in caplog.text
+    assert caplog.text.count("check_loss=False") == 1
     caplog.clear()
     train(check_loss=False)
     assert not caplog.text
+
+
+def test_a_wrong_loss_is_not_taken_for_a_model_of_whole_micro_batches(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Linear(4, 3)
+    data = TensorDataset(*(tensor.repeat_interleave(4, 0) for tensor in _batch()))
+    schedule = StepsSchedule.of(global_batch_size=8, max_duration="1ep", points="0:8")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    weight = torch.tensor([1.0, 5.0, 0.1])
+    with Trainer(model, optimizer, data, schedule, micro_batch_size=8) as trainer:
+        update = next(trainer.updates())
+        for x, y in update:
+            update.backward(F.cross_entropy(model(x), y, weight=weight))
+        assert isinstance(update.error, MisusedTrainer)
+    assert "half a micro-batch" not in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 from elastic_batch.checkpoint import CheckpointStore
 from elastic_batch.engines import Engine, FixedWorld, SoloEngine
-from elastic_batch.errors import CheckpointNotSaved
+from elastic_batch.errors import CheckpointNotSaved, InvalidSetting
 from elastic_batch.rundir import read_run_ledger, read_summary
 from elastic_batch.schedule import MilestoneSchedule
 from elastic_batch.trainer import Trainer
@@ -109,6 +110,47 @@ def test_a_run_whose_last_state_could_not_be_saved_is_not_finished(
         list(trainer)
     assert trainer.finished
     assert (read_summary(tmp_path)["finished"], read_summary(tmp_path)["reason"]) == (False, "the state was not saved")
+
+
+def test_a_state_that_could_not_be_saved_is_said_with_the_checkpoint_that_the_run_was_resumed_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make_trainer(Plan(IMAGES, end=64, options={"run_dir": tmp_path}), FixedWorld(SoloEngine())) as trainer:
+        list(trainer)
+        name = trainer._recorder.last_checkpoint
+    _fail_to_save(monkeypatch, 99)
+    plan = Plan(IMAGES, end=128, options={"run_dir": tmp_path, "resume": "auto"})
+    with make_trainer(plan, FixedWorld(SoloEngine())) as trainer, pytest.raises(CheckpointNotSaved) as caught:
+        list(trainer)
+    assert name is not None
+    assert name in str(caught.value)
+
+
+def test_a_setting_that_is_found_wrong_late_leaves_nothing_open(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    options = {"run_dir": tmp_path / "run", "checkpoint_every": "100tok", "metrics_port": port}
+    trainer = make_trainer(Plan(IMAGES, options=options), FixedWorld(SoloEngine()))
+    with pytest.raises(InvalidSetting, match="tokens_per_sample"):
+        trainer.start()
+    trainer.close()
+    with socket.create_server(("127.0.0.1", port)):
+        pass
+
+
+def test_the_summary_knows_what_came_before_this_worker_led(tmp_path: Path) -> None:
+    plan = Plan(IMAGES, num_updates=3, options={"run_dir": tmp_path / "run"})
+    with make_trainer(plan, FixedWorld(SoloEngine())) as trainer:
+        run(trainer, plan)
+        recorder, progress = trainer._recorder, trainer._progress
+        assert recorder.lead is not None
+        recorder.lead.evaluation({"accuracy": 0.5}, progress.position, 3)
+        recorder.lead.evaluation({"accuracy": 0.9}, progress.position + 32, 4)  # of an update that was taken back
+        recorder.enter(1, False, progress, is_new=False)
+        recorder.enter(2, True, progress, is_new=False)
+        recorder.lead.finish(None, progress.position, 3, "far enough")
+    summary = read_summary(tmp_path / "run")
+    assert (summary["metrics"], summary["world_size"]) == ({"accuracy": 0.5}, 1)
 
 
 def test_a_lead_without_which_others_went_on_leaves_the_end_to_them(tmp_path: Path) -> None:
