@@ -11,7 +11,7 @@ help:
 	@echo "make soak    run the long trials of the test suite"
 	@echo "make check   run formatting, lint, type and layer checks only"
 	@echo "make format  format the code"
-	@echo "make bench   run the benchmarks of docs/benchmarks.md (about 45 minutes)"
+	@echo "make bench   run the benchmarks of docs/benchmarks.md (about 90 minutes)"
 	@echo "make bench-elastic  measure how long training stands still when workers come, go and die, and what a coordinator costs (about 15 minutes)"
 	@echo "make trial   compare three strategies on Fashion-MNIST, three seeds each (at most an hour, resumable)"
 	@echo "make clean   remove the virtual environment, runs and caches"
