@@ -84,9 +84,8 @@ class LoneSums:
             yield
         finally:
             self._accepting = False
-        found = self._gradients()
-        if not all(map(is_, found, self._left)):
-            self._take(found)
+        if not self._is_complete:
+            self._take(self._gradients())
             self._is_complete = all(gradient is not None for gradient in self._left)
         self._versions = _versions(self._left)
 

@@ -7,8 +7,10 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from enum import Enum
+from functools import lru_cache
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from elastic_batch.data import PassRequest
@@ -40,6 +42,12 @@ class Outcome(Enum):
     """The world broke, and in the next one the update comes again."""
     RECEIVED = "received"
     """The world broke when others had committed already; their state came with the next one."""
+
+
+@lru_cache(maxsize=8)
+def _factor(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What a backward begins with instead of 1: cheaper than multiplying each loss."""
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 class UpdateOwner(Protocol):
@@ -295,19 +303,19 @@ class Update:
 
     def _draws_of(self, request: PassRequest) -> AbstractContextManager[None]:
         """Let each of the pass's micro-batches draw at random what belongs to its position."""
+        if request.num_micro_batches > 1:
+            return self._draws_of_many(request)
+        machinery = self._machinery
+        reseed(micro_batch_seed(machinery.seed, request.start, "forward"), machinery.device)
+        return nullcontext()
+
+    @contextmanager
+    def _draws_of_many(self, request: PassRequest) -> Iterator[None]:
         machinery = self._machinery
         seeds = [
             micro_batch_seed(machinery.seed, position, "forward")
             for position in range(request.start, request.start + self._num_samples(request), self.plan.micro_batch_size)
         ]
-        if len(seeds) > 1:
-            return self._draws_of_many(seeds)
-        reseed(seeds[0], machinery.device)
-        return nullcontext()
-
-    @contextmanager
-    def _draws_of_many(self, seeds: list[int]) -> Iterator[None]:
-        machinery = self._machinery
         with machinery.randomness.over(seeds, machinery.device) as self._draws:
             yield
         self._draws = None
@@ -332,11 +340,10 @@ class Update:
         reach("compute.pass")
         is_first, is_last = self._num_done == 0, self._num_done + 1 == len(self._requests)
         machinery.tally.add(loss, count, weight)
-        if count != self._divisor:
-            loss = loss * (count / self._divisor)
         engine, norms = (machinery.engine, self._norms_on_launch()) if is_last else (None, None)
         with self._gradients.accepting(engine, norms), machinery.autocast.backward():
-            loss.backward()
+            # A copy: what is a view of the loss gets one of this for its gradient, and sums are changed in place.
+            loss.backward(_factor(count / self._divisor, loss.dtype, loss.device).clone())
         if is_first and not is_last and machinery.estimator:
             machinery.tally.first_pass_norms = self._gradients.norms()
         self._num_done += 1

@@ -165,3 +165,16 @@ def test_norms_make_up_the_whole_gradient_s_whatever_the_shapes() -> None:
     whole = torch.cat([3 * parameter.detach().double().flatten() ** 2 for parameter in parameters])
     found = math.hypot(*(float(norm) for norm in sums.norms()))
     assert found == pytest.approx(float(whole.norm()), rel=1e-6)
+
+
+def test_a_gradient_that_was_replaced_when_all_had_theirs_is_noticed_in_the_end() -> None:
+    model = Branching()
+    sums = GradientSums(model.parameters()).begin(alone=True)
+    for seed in range(2):
+        with sums.accepting():
+            model(inputs(seed), 0, 1, 2).backward()
+        if seed == 0:
+            sums.check()
+            model.zero_grad()
+    with pytest.raises(MisusedTrainer, match=r"remove model.zero_grad\(\)"):
+        sums.check()

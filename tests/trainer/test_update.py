@@ -14,12 +14,13 @@ from support.reference import largest_difference, train_plainly
 from support.training import Plan, make_trainer, run
 from support.worlds import run_world
 from torch import Tensor, nn
-from torch.utils.data import default_collate
+from torch.utils.data import TensorDataset, default_collate
 
 from elastic_batch import Trainer
 from elastic_batch.engines import FixedWorld, SoloEngine
 from elastic_batch.errors import JobDiffers
 from elastic_batch.randomness import seeded
+from elastic_batch.schedule import StepsSchedule
 from elastic_batch.stream import SampleStream, micro_batch_seed
 
 
@@ -133,3 +134,31 @@ def test_an_update_s_loss_is_the_weighted_mean_over_workers() -> None:
     losses = run_world(3, training.first_loss, Plan(TOKENS, options={"check_loss": False}))
     assert math.isclose(losses[0], training.first_loss(SoloEngine(), Plan(TOKENS)), rel_tol=1e-12)
     assert losses[0] == losses[1] == losses[2]
+
+
+class _WithScale(nn.Module):
+    """A model whose loss has a parameter itself as a term."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.scale = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        loss: Tensor = (inputs * self.weight).square().mean() + self.scale.squeeze()
+        return loss
+
+
+def test_a_parameter_that_is_a_view_of_the_loss_gets_a_gradient_of_its_own() -> None:
+    inputs = torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = _WithScale()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = StepsSchedule.of(global_batch_size=24, max_duration="2ep", points="0:24")
+    with Trainer(model, optimizer, TensorDataset(inputs), schedule, micro_batch_size=8, max_grad_norm=0.5) as trainer:
+        for update in trainer.updates():
+            before = model.scale.item()
+            for (batch,) in update:
+                update.backward(model(batch))
+            update.step()
+            factor = min(1.0, 0.5 / (update.gradient_norm + 1e-6))
+            assert model.scale.item() == pytest.approx(before - 0.1 * factor, abs=1e-12)
