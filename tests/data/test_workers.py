@@ -170,6 +170,7 @@ def test_a_killed_worker_raises_nothing_before_its_batch_is_asked_for(tmp_path: 
     with closing(open_workers(dataset)) as source:
         source.start(requests(100))
         source.next()
+        assert wait_until(lambda: len(dataset.pids) == 2, 5)
         for pid in dataset.pids:
             os.kill(pid, signal.SIGKILL)
         assert wait_until(lambda: all(map(is_gone, dataset.pids)), 5)
