@@ -137,8 +137,9 @@ class Outlets:
         path, num_updates = self._directory.path, summary["updates"]
         seconds, world_size, metrics = [], None, {}
         for record in read_metrics(path):
-            seconds.append(record["seconds"])
-            world_size = record["world_size"]
+            if record["update"] <= num_updates:
+                seconds.append(record["seconds"])
+                world_size = record["world_size"]
         for record in read_evaluations(path):
             if record["update"] <= num_updates:
                 metrics = record["metrics"]
