@@ -19,6 +19,7 @@ import torch
 
 _MT19937_BYTES = 625 * 4  # 624 words of key and the position in it
 _python_generator = cast(Any, random)._inst  # of which the module's functions are methods
+_seed_by_integer = cast(Any, random.Random.__base__).seed  # of all that random.seed takes, at half its cost
 
 
 def reseed(seed: int, device: torch.device | None = None) -> None:
@@ -30,7 +31,8 @@ def reseed(seed: int, device: torch.device | None = None) -> None:
         seed: From 0 to 2^63 - 1, as `micro_batch_seed` gives.
         device: Its generator is seeded too if it is a CUDA device.
     """
-    random.seed(seed)
+    _seed_by_integer(_python_generator, seed)
+    _python_generator.gauss_next = None
     # numpy and torch (CPU) run the same Mersenne twister and look at 32 bits: they must not look at the same ones.
     np.random.seed(seed >> 31)
     torch.default_generator.manual_seed(seed)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from operator import is_
 
@@ -73,17 +72,22 @@ class LoneSums:
             raise MisusedTrainer(_CHANGED)
         self._check_versions()
 
-    @contextmanager
-    def accepting(self, reduce_with: Engine | None = None, norms: list[Tensor] | None = None) -> Iterator[None]:
+    def accepting(self, reduce_with: Engine | None = None, norms: list[Tensor] | None = None) -> _Accepting:
+        return _Accepting(self)
+
+    def open(self) -> None:
+        """A backward begins."""
         if self._is_complete:
             self._check_versions()  # a gradient that was replaced shows in the end
         else:
             self.check()
         self._accepting = True
-        try:
-            yield
-        finally:
-            self._accepting = False
+
+    def shut(self, *, has_added: bool) -> None:
+        """It ended: what it left are the sums, unless it failed."""
+        self._accepting = False
+        if not has_added:
+            return
         if not self._is_complete:
             self._take(self._gradients())
             self._is_complete = all(gradient is not None for gradient in self._left)
@@ -151,6 +155,19 @@ class LoneSums:
         total = self._narrow.get(index)
         self._narrow[index] = gradient.to_dense().to(torch.float32) if total is None else total.add_(gradient)
         parameter.grad = None
+
+
+class _Accepting:
+    """The time of one backward. A generator would do, at five times the cost: it runs once for each pass."""
+
+    def __init__(self, sums: LoneSums) -> None:
+        self._sums = sums
+
+    def __enter__(self) -> None:
+        self._sums.open()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._sums.shut(has_added=kind is None)
 
 
 def _versions(gradients: Sequence[Tensor | None]) -> list[int | None]:

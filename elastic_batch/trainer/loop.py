@@ -205,7 +205,7 @@ class UpdateLoop:
 
     def _settle(self, update: Update) -> None:
         """After the user's turn: act on how the update ended."""
-        if update.outcome in (Outcome.OPEN, Outcome.BROKEN):
+        if update.outcome is Outcome.OPEN:
             if isinstance(update.error, MisusedTrainer):
                 raise update.error
             raise MisusedTrainer("update.step() was not called; call it once at the end of each update")
@@ -327,7 +327,7 @@ class UpdateLoop:
         # Workers that joined meanwhile are at an update: they wait there, so the others evaluate each alone.
         self._is_astray |= not self._enter_next_world(broken=True, evaluating=self._num_evaluations)
         update = self._update
-        if update is not None and update.outcome in (Outcome.OPEN, Outcome.BROKEN):
+        if update is not None and update.outcome is Outcome.OPEN:
             update.supersede(self._header_from_others(update))  # it was begun, and is of the world that ended
 
     def _enter_next_world(self, *, broken: bool, evaluating: int = 0) -> bool:
