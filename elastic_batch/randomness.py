@@ -35,6 +35,11 @@ def reseed(seed: int, device: torch.device | None = None) -> None:
     _python_generator.gauss_next = None
     # numpy and torch (CPU) run the same Mersenne twister and look at 32 bits: they must not look at the same ones.
     np.random.seed(seed >> 31)
+    reseed_torch(seed, device)
+
+
+def reseed_torch(seed: int, device: torch.device | None = None) -> None:
+    """As `reseed`, without Python's and numpy's generators, which take most of its time."""
     torch.default_generator.manual_seed(seed)
     if (generator := cuda_generator(device)) is not None:
         generator.manual_seed(seed)
@@ -85,9 +90,17 @@ class GeneratorState:
         """Put the generators back as they were."""
         self._python.restore()
         self._numpy.restore()
+        self.restore_torch()
+
+    def restore_torch(self) -> None:
+        """Put torch's generators back only."""
         torch.default_generator.set_state(self._torch)
         if self._cuda_generator is not None and self._cuda is not None:
             self._cuda_generator.set_state(self._cuda)
+
+    def others_are_untouched(self) -> bool:
+        """Whether Python's and numpy's generators hold what they did; False too where their layouts are unknown."""
+        return self._python.is_current() and self._numpy.is_current()
 
     def __enter__(self) -> Self:
         return self
@@ -110,6 +123,11 @@ class _PythonState:
         else:
             self._bytes = bytes(self._words)
             self._half = _python_generator.gauss_next
+
+    def is_current(self) -> bool:
+        if self._words is None:
+            return False
+        return bytes(self._words) == self._bytes and bool(_python_generator.gauss_next == self._half)
 
     def restore(self) -> None:
         if self._words is None:
@@ -135,6 +153,12 @@ class _NumpyState:
         else:
             self._memory = words, half
             self._bytes = bytes(words), bytes(half)
+
+    def is_current(self) -> bool:
+        is_same = np.random.get_bit_generator() is self._source  # type: ignore[attr-defined]  # missing in numpy's stubs
+        if self._memory is None or not is_same:
+            return False
+        return all(bytes(part) == content for part, content in zip(self._memory, self._bytes, strict=True))
 
     def restore(self) -> None:
         if np.random.get_bit_generator() is not self._source:  # type: ignore[attr-defined]  # missing in numpy's stubs

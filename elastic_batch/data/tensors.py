@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,9 @@ from torch.utils.data import Subset, TensorDataset
 from elastic_batch.data.finish import Finisher
 from elastic_batch.data.local import next_request
 from elastic_batch.data.source import PassRequest
+
+_MOST_BYTES, _MOST_REQUESTS = 2**20, 32
+"""What is selected at once: a call costs more than the few rows of a small batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,25 +64,44 @@ class TensorSource:
         self._finisher = finisher
         self._is_on_host = finisher.device.type == "cpu"
         self._is_there = all(tensor.device == finisher.device for tensor in rows.tensors)
+        self._row_bytes = sum(tensor[:1].nbytes for tensor in rows.tensors)
         self._requests: Iterator[PassRequest] | None = None
+        self._selected: deque[tuple[PassRequest, list[Tensor]]] = deque()
 
     def start(self, requests: Iterator[PassRequest]) -> None:
         self._requests = requests
+        self._selected.clear()
 
     def next(self) -> Any:
-        request = next_request(self._requests)
-        size = self._finisher.micro_batch_size
-        indices = self._finisher.stream.indices(request.start, request.start + request.num_micro_batches * size)
-        if self._rows.numbers is not None:
-            indices = self._rows.numbers[indices]
-        batch = self._select(torch.from_numpy(indices))
+        if not self._selected:
+            self._select_ahead()
+        request, batch = self._selected.popleft()
         if self._finisher.batch_transform is None:
             return batch
-        micro_batches = zip(*(torch.split(tensor, size) for tensor in batch), strict=True)
+        micro_batches = zip(*(torch.split(tensor, self._finisher.micro_batch_size) for tensor in batch), strict=True)
         return self._finisher.transform(request, [list(tensors) for tensors in micro_batches])
 
     def close(self) -> None:
         self._requests = None
+        self._selected.clear()
+
+    def _select_ahead(self) -> None:
+        """Select the rows of the next request, and of those after it while all are few."""
+        first = next_request(self._requests)
+        num_fitting = _MOST_BYTES // max(1, self._num_rows(first) * self._row_bytes)
+        requests = [first, *islice(self._requests or (), max(0, min(num_fitting, _MOST_REQUESTS) - 1))]
+        stream, sizes = self._finisher.stream, [self._num_rows(request) for request in requests]
+        ranges = [(request.start, request.start + size) for request, size in zip(requests, sizes, strict=True)]
+        indices = np.concatenate([stream.indices(start, stop) for start, stop in ranges])
+        if self._rows.numbers is not None:
+            indices = self._rows.numbers[indices]
+        parts = [tensor.split(sizes) for tensor in self._select(torch.from_numpy(indices))]
+        for request, *tensors in zip(requests, *parts, strict=True):
+            # Each is a tensor of its own to autograd: what users write into one batch is not to reach the next.
+            self._selected.append((request, [tensor.data for tensor in tensors]))
+
+    def _num_rows(self, request: PassRequest) -> int:
+        return request.num_micro_batches * self._finisher.micro_batch_size
 
     def _select(self, index: Tensor) -> list[Tensor]:
         device = self._finisher.device

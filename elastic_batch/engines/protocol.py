@@ -165,6 +165,9 @@ class Membership(Protocol):
         """Say goodbye; the standing tells why."""
 
 
+_NO_WISHES = Wishes()
+
+
 class FixedWorld:
     """The membership of a job whose workers are given once: when one is lost, the job ends."""
 
@@ -187,7 +190,7 @@ class FixedWorld:
         pass
 
     def wishes(self) -> Wishes:
-        return Wishes()
+        return _NO_WISHES
 
     def leave(self) -> bool:
         return False

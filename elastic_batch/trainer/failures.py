@@ -21,11 +21,13 @@ class Severity(IntEnum):
     """What a failure of one worker means for the update that all repeat."""
 
     NONE = 0
-    NARROWER = 1
+    SEEDED = 1
+    """It will try again with more generators seeded; this does not count as a failed try."""
+    NARROWER = 2
     """It will try again with a narrower pass; this does not count as a failed try."""
-    ONCE = 2
+    ONCE = 3
     """It may be gone at the next try; if not, the run stops."""
-    FINAL = 3
+    FINAL = 4
     """No repetition helps: the run stops."""
 
 

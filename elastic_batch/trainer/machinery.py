@@ -16,6 +16,7 @@ from elastic_batch.gradients import GradientSums
 from elastic_batch.noise import NoiseScaleEstimator
 from elastic_batch.trainer.header import Tally
 from elastic_batch.trainer.precision import Autocast, LossScaler
+from elastic_batch.trainer.seeding import PassSeeds
 from elastic_batch.trainer.steering import SteeredOptimizer
 from elastic_batch.trainer.stochastic import PassRandomness
 
@@ -27,6 +28,7 @@ class Machinery:
     model: nn.Module
     device: torch.device
     seed: int
+    seeds: PassSeeds
     autocast: Autocast
     max_grad_norm: float | None
     on_non_finite: Literal["stop", "skip"]

@@ -36,9 +36,8 @@ class Autocast:
         return _NOTHING if self._type is None else torch.autocast(self._device_type, self._type)
 
     def backward(self) -> AbstractContextManager[Any]:
-        """No autocast, wherever it is called."""
-        is_on = torch.is_autocast_enabled(self._device_type)
-        return torch.autocast(self._device_type, enabled=False) if is_on else _NOTHING
+        """Not the forward's autocast, inside which the user calls it."""
+        return _NOTHING if self._type is None else torch.autocast(self._device_type, enabled=False)
 
 
 class LossScaler:

@@ -13,13 +13,14 @@ from torch import Tensor
 from elastic_batch.data import PassRequest
 from elastic_batch.errors import MisusedTrainer, WorldBroken
 from elastic_batch.failpoints import reach
-from elastic_batch.randomness import preserved, reseed
 from elastic_batch.stream import micro_batch_seed
 from elastic_batch.trainer.failures import Failure, Severity, is_out_of_memory, judge
 from elastic_batch.trainer.machinery import Machinery
 from elastic_batch.trainer.mean_check import MeanCheck
 from elastic_batch.trainer.plan import UpdatePlan
 from elastic_batch.trainer.stochastic import PassDraws
+
+_STRAYED = "for the first time somebody drew from Python's or numpy's random generator; each pass seeds them now"
 
 
 @lru_cache(maxsize=8)
@@ -70,7 +71,7 @@ class ShareRun:
         self._is_iterated = True
         if self.is_over:
             return
-        with preserved(machinery.device):
+        with machinery.seeds:
             for request, seeds in zip(self._requests, self._seeds(), strict=True):
                 batch = self._fetch()
                 if self.is_over:
@@ -126,6 +127,8 @@ class ShareRun:
             self.fail(MisusedTrainer("update.step() was called before every batch of the update was run"))
         if not self.is_over:
             self._check_gradients()
+        if not self.is_over and self._machinery.seeds.have_strayed():
+            self._end(Failure(Severity.SEEDED, _STRAYED))
 
     def flush(self) -> None:
         """Launch the reductions that no backward launched."""
@@ -186,7 +189,7 @@ class ShareRun:
         """What the user's turn runs in: each of the pass's micro-batches draws what belongs to its position."""
         if len(seeds) > 1:
             return self._forward_of_many(seeds)
-        reseed(seeds[0], self._machinery.device)
+        self._machinery.seeds.seed(seeds[0])
         return self._machinery.autocast.forward()
 
     @contextmanager

@@ -40,6 +40,7 @@ from elastic_batch.trainer.precision import Autocast, LossScaler
 from elastic_batch.trainer.progress import Progress
 from elastic_batch.trainer.recorder import Recorder
 from elastic_batch.trainer.saving import SavedState, Stateful
+from elastic_batch.trainer.seeding import PassSeeds
 from elastic_batch.trainer.signals import stopping_on_signals
 from elastic_batch.trainer.steering import SteeredOptimizer
 from elastic_batch.trainer.stochastic import PassRandomness, is_compiled
@@ -298,6 +299,7 @@ class Trainer:
             model=self._plain_model,
             device=self._device,
             seed=self.options.seed,
+            seeds=PassSeeds(self._device),
             autocast=Autocast(self.options.precision, self._device),
             max_grad_norm=self.options.max_grad_norm,
             on_non_finite=self.options.on_non_finite,
