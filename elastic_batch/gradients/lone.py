@@ -131,6 +131,9 @@ class LoneSums:
 
     def _take(self, found: list[Tensor | None]) -> None:
         """Make what a first backward left the sums."""
+        if (memories := _memories(found)) is not None and not self._memories:
+            self._left, self._memories = found, memories
+            return
         for index, gradient in enumerate(found):
             left = self._left[index]
             if gradient is left:
@@ -168,6 +171,15 @@ class _Accepting:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._sums.shut(has_added=kind is None)
+
+
+def _memories(gradients: Sequence[Tensor | None]) -> set[int] | None:
+    """Where they lie, if each is there, dense, and in memory of its own: the usual case."""
+    try:
+        memories = {gradient.untyped_storage().data_ptr() for gradient in gradients if gradient is not None}
+    except NotImplementedError:  # one is sparse
+        return None
+    return memories if len(memories) == len(gradients) else None
 
 
 def _versions(gradients: Sequence[Tensor | None]) -> list[int | None]:

@@ -21,7 +21,7 @@ class PassSeeds:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device = device if device.type == "cuda" else None
         self._seeds_all: bool | None = None  # None: they are seeded, and watched
         self._has_strayed = False
         self._before: GeneratorState | None = None

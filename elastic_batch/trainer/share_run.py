@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from elastic_batch.data import PassRequest
@@ -21,12 +19,6 @@ from elastic_batch.trainer.plan import UpdatePlan
 from elastic_batch.trainer.stochastic import PassDraws
 
 _STRAYED = "for the first time somebody drew from Python's or numpy's random generator; each pass seeds them now"
-
-
-@lru_cache(maxsize=8)
-def _factor(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What a backward begins with instead of 1: cheaper than multiplying each loss."""
-    return torch.full((), value, dtype=dtype, device=device)
 
 
 class ShareRun:
@@ -221,8 +213,9 @@ class ShareRun:
         machinery.tally.add(loss, count, weight)
         engine, norms = (machinery.engine, self._norms_on_launch()) if is_last else (None, None)
         with self.gradients.accepting(engine, norms), machinery.autocast.backward():
-            # A copy: what is a view of the loss gets one of this for its gradient, and sums are changed in place.
-            loss.backward(_factor(count / self.divisor, loss.dtype, loss.device).clone())
+            # It begins with the factor instead of 1: that is cheaper than multiplying the loss. A new tensor each time,
+            # because what is a view of the loss gets one of this for its gradient, and sums are changed in place.
+            loss.backward(loss.new_full((), count / self.divisor))
         if is_first and not is_last and machinery.estimator:
             machinery.tally.first_pass_norms = self.gradients.norms()
         self._num_done += 1
