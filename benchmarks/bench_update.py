@@ -4,8 +4,9 @@ Run `python benchmarks/bench_update.py`: JSON to stdout, a table to stderr. Both
 same kernels, data, optimizer and accumulation, at pass width 1, on one thread per process; they take turns block by
 block, in rounds of fresh processes: each lays its memory out anew, which alone makes a loop some percent faster or
 slower. The plain loop does not measure the noise scale, so the trainer does not either: `bench_noise.py` has its cost.
-The ratio is that of throughputs, ours by theirs: at least 0.98 is promised. `--quick` for a look, `--check` to
-fail where the promise is not kept.
+The ratio is that of throughputs, ours by theirs: at least 0.98 is promised for updates of several micro-batches. Those
+of one show what an update costs by itself, whatever its length. `--quick` for a look, `--check` to fail where the
+promise is not kept.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ CASES = [
     for workload in WORKLOADS
     for processes in (1, 2)
     for compiled in (False, True)
-] + [Case(workload, 1, False, 1) for workload in WORKLOADS]
+] + [Case(workload, 1, False, 1) for workload in WORKLOADS]  # nothing is promised for these
 
 
 def compare(case: Case, num_pairs: int, *, theirs_first: bool) -> list[Pair]:
@@ -173,7 +174,7 @@ def summarize(case: Case, rounds: list[list[Pair]]) -> dict[str, Any]:
         "clock": clock,
         "throughput_ratio": {name: asdict(value) for name, value in by_clock.items()},
         "by_round": [ratio_of(each, clock).ratio for each in rounds],
-        "promise": by_clock[clock].verdict(at_least=BOUND),
+        "promise": by_clock[clock].verdict(at_least=BOUND) if case.micro_batches > 1 else "none",
     }
 
 
