@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 Precision = Literal["float32", "bf16", "fp16"]
 
@@ -20,7 +21,7 @@ _GROWTH_INTERVAL = 2000
 
 
 class Autocast:
-    """The contexts in which passes run on a device.
+    """In which format passes run on a device.
 
     Args:
         precision: `float32` is the model's own format.
@@ -35,9 +36,13 @@ class Autocast:
         """The model's own format, or autocast to bf16 or fp16."""
         return _NOTHING if self._type is None else torch.autocast(self._device_type, self._type)
 
-    def backward(self) -> AbstractContextManager[Any]:
-        """Not the forward's autocast, inside which the user calls it."""
-        return _NOTHING if self._type is None else torch.autocast(self._device_type, enabled=False)
+    def backward(self, loss: Tensor, gradient: Tensor) -> None:
+        """Run the loss's backward without the autocast of the forward, inside which it is asked for."""
+        if self._type is None:
+            loss.backward(gradient)
+            return
+        with torch.autocast(self._device_type, enabled=False):
+            loss.backward(gradient)
 
 
 class LossScaler:

@@ -212,10 +212,10 @@ class ShareRun:
         is_first, is_last = self._num_done == 0, self._num_done + 1 == len(self._requests)
         machinery.tally.add(loss, count, weight)
         engine, norms = (machinery.engine, self._norms_on_launch()) if is_last else (None, None)
-        with self.gradients.accepting(engine, norms), machinery.autocast.backward():
+        with self.gradients.accepting(engine, norms):
             # It begins with the factor instead of 1: that is cheaper than multiplying the loss. A new tensor each time,
             # because what is a view of the loss gets one of this for its gradient, and sums are changed in place.
-            loss.backward(loss.new_full((), count / self.divisor))
+            machinery.autocast.backward(loss, loss.new_full((), count / self.divisor))
         if is_first and not is_last and machinery.estimator:
             machinery.tally.first_pass_norms = self.gradients.norms()
         self._num_done += 1

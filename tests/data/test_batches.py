@@ -13,7 +13,7 @@ import torch
 from support.samples import Draws, DrawsAtOnce, read, requests
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from elastic_batch.data import CannotFuse, DataError, open_source
+from elastic_batch.data import CannotFuse, DataError, PassRequest, open_source
 from elastic_batch.stream import SampleStream
 
 STREAM = SampleStream(101, 5)
@@ -112,6 +112,21 @@ def test_rows_of_tensors_give_the_batches_of_the_general_path(
             parts = batches(dataset, width=width, stream=stream, batch_transform=batch_transform, **settings)
             assert all(type(part) is list for part in parts)
             assert_equal(parts, reference)
+
+
+def test_rows_that_were_selected_together_are_batches_of_their_own() -> None:
+    scale = torch.tensor(2.0, requires_grad=True)
+    with closing(open_source(ROWS, stream=STREAM, micro_batch_size=4, device="cpu")) as source:
+        source.start(iter(PassRequest(start, 1) for start in range(0, 40, 4)))
+        first, _ = source.next()
+        first.mul_(scale)
+        second, _ = source.next()
+        assert first.requires_grad
+        assert not second.requires_grad
+        second.mul_(scale).sum().backward()  # autograd knows of no change to what the first one was made with
+        first.sum().backward()
+        source.start(iter([PassRequest(60, 1)]))
+        assert torch.equal(source.next()[1], ROWS.tensors[1][STREAM.indices(60, 64)])
 
 
 def test_a_subset_with_an_index_outside_names_it() -> None:
