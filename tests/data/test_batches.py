@@ -118,9 +118,9 @@ def test_rows_that_were_selected_together_are_batches_of_their_own() -> None:
     scale = torch.tensor(2.0, requires_grad=True)
     with closing(open_source(ROWS, stream=STREAM, micro_batch_size=4, device="cpu")) as source:
         source.start(iter(PassRequest(start, 1) for start in range(0, 40, 4)))
-        first, _ = source.next()
+        first, *_ = source.next()
         first.mul_(scale)
-        second, _ = source.next()
+        second, *_ = source.next()
         assert first.requires_grad
         assert not second.requires_grad
         second.mul_(scale).sum().backward()  # autograd knows of no change to what the first one was made with
