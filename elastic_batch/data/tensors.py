@@ -33,9 +33,9 @@ class Rows:
     def of(cls, dataset: Any) -> Rows | None:
         """The rows of a TensorDataset or of (nested) Subsets of one; None for anything else.
 
-        Subclasses may do more than give rows, so they are something else.
+        Subclasses may do more than give rows, and tensors that are trained get gradients: they are something else.
         """
-        if type(dataset) is TensorDataset:
+        if type(dataset) is TensorDataset and not any(tensor.requires_grad for tensor in dataset.tensors):
             return cls(dataset.tensors, None)
         if type(dataset) is not Subset or (inner := cls.of(dataset.dataset)) is None:
             return None

@@ -143,10 +143,9 @@ class LoneSums:
             # A sum is changed in place, so it is to be dense, in memory that no other one has.
             if gradient.is_sparse:
                 gradient = self._parameters[index].grad = gradient.to_dense()
-            elif (memory := gradient.untyped_storage().data_ptr()) in self._memories:  # two views that were added, say
+            if gradient.untyped_storage().data_ptr() in self._memories:  # two views that were added, say
                 gradient = self._parameters[index].grad = gradient.clone()
-            else:
-                self._memories.add(memory)
+            self._memories.add(gradient.untyped_storage().data_ptr())
             self._left[index] = gradient
 
     def _add_narrow(self, index: int, parameter: Tensor) -> None:

@@ -129,6 +129,14 @@ def test_rows_that_were_selected_together_are_batches_of_their_own() -> None:
         assert torch.equal(source.next()[1], ROWS.tensors[1][STREAM.indices(60, 64)])
 
 
+def test_gradients_reach_rows_that_are_trained() -> None:
+    rows = torch.randn(101, 3, requires_grad=True)
+    for part in batches(TensorDataset(rows), count=101 // 4):
+        part[0].sum().backward()
+    assert rows.grad is not None
+    assert rows.grad.sum() == 3 * 100
+
+
 def test_a_subset_with_an_index_outside_names_it() -> None:
     with pytest.raises(DataError, match=r"IndexError"):
         batches(Subset(ROWS, [0, 1, 101]), stream=SampleStream(3, 0), micro_batch_size=3, count=1)
