@@ -181,9 +181,8 @@ def test_a_worker_cut_off_from_the_coordinator_comes_back(start: Start) -> None:
     cluster = start(2)
     slot, generation = _by_rank(cluster)[1], _generation(cluster)
     cluster.arm(slot, "compute.pass:1=partition,0.8")
-    # First a world without it, then one with it.
-    cluster.wait_until(lambda: _generation(cluster) >= generation + 2, 20, "it is back")
-    assert slot in _by_rank(cluster)
+    # Mostly first a world without it, then one with it: the other may be so late that it is back before.
+    cluster.wait_until(lambda: _generation(cluster) > generation and slot in _by_rank(cluster), 20, "it is back")
     # Besides, it witnesses an update that it was at when the others' state came, which has that update.
     assert _finish(cluster) <= AT_MOST_ONE + 1
 
