@@ -5,7 +5,7 @@ Shapes: N rows of the batch, C channels, k ghosts of N / k rows, P positions of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,9 @@ native_backward = torch.ops.aten.native_batch_norm_backward.default
 # still in the cache.
 _GROUP_BYTES = 8 * 1024**2
 # The backward passes write their result in two steps, piece by piece.
-_PIECE_BYTES = 2 * 1024**2
+_PIECE_BYTES = 1024**2
+Ghosts = Iterable[Tensor]
+"""One tensor for each ghost."""
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -58,11 +60,13 @@ def channels_are_innermost(x: Tensor) -> bool:
     return x.dim() == 2 or (channels_last is not None and x.is_contiguous(memory_format=channels_last))
 
 
-def sums_of_products(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Per channel: (sum of grad * (x - mean) * invstd, sum of grad), by the native backward pass."""
+def sums_of_products(grads: Ghosts, ghosts: Ghosts, means: Ghosts, invstds: Ghosts) -> Tensor:
+    """[k, 2, C]: each ghost's sum of grad * (x - mean) * invstd, and that of grad, by the native backward pass."""
     mask = [False, True, True]  # no gradient of the input
-    _, products, total = native_backward(grad, x, None, None, None, mean, invstd, True, 0.0, mask)
-    return products, total
+    found = []
+    for grad, x, mean, invstd in zip(grads, ghosts, means, invstds, strict=True):
+        found += native_backward(grad, x, None, None, None, mean, invstd, True, 0.0, mask)[1:]
+    return torch.stack(found).view(-1, 2, found[0].size(0))
 
 
 def num_bytes(tensor: Tensor) -> int:

@@ -28,12 +28,12 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, num_ghosts:
     planes = x.view(num_ghosts, -1, channels, count * num_ghosts // x.size(0))  # [k, rows, C, P]
     shifted, results = output.view(planes.shape), output.chunk(num_ghosts)
     shift = planes[:, 0].mean(2)  # [k, C]
-    zeros, ones = x.new_zeros(channels), x.new_ones(channels)
+    zeros, ones = x.new_zeros(shift.shape), x.new_ones(shift.shape)
     moments, invstd = x.new_empty((num_ghosts, 2, channels)), x.new_empty((num_ghosts, channels))
     for group in groups(num_ghosts, num_bytes(results[0])):
         torch.sub(planes[group], shift[group, None, :, None], out=shifted[group])
-        found = [row for result in results[group] for row in sums_of_products(result, result, zeros, ones)]
-        squares, offset = torch.stack(found).view(-1, 2, channels).double().div_(count).unbind(1)
+        sums = sums_of_products(results[group], results[group], zeros[group], ones[group])
+        squares, offset = sums.double().div_(count).unbind(1)
         variance = torch.addcmul(squares, offset, offset, value=-1).clamp_(min=0)
         torch.add(shift[group], offset, out=moments[group, 0])
         torch.mul(variance, count / (count - 1), out=moments[group, 1])
@@ -48,26 +48,19 @@ def gradients(grad: Tensor, x: Tensor, weight: Tensor | None, normalized: Normal
     invstd = normalized.invstd
     num_ghosts, channels = invstd.shape
     output = empty_like(x)
-    scale = invstd if weight is None else invstd * weight
-    share = scale * (-num_ghosts * channels / x.numel())
-    ones = x.new_ones(channels)
     grads, ghosts, results = (tensor.chunk(num_ghosts) for tensor in (grad, x, output))
-    means, invstds = normalized.moments[:, 0].unbind(), invstd.unbind()
-    ghost_bytes = num_bytes(ghosts[0])
-    pieces = num_pieces(ghost_bytes)
-    sums = []
-    for group in groups(num_ghosts, ghost_bytes):
-        here = range(group.start, group.stop)
-        found = [row for i in here for row in sums_of_products(grads[i], ghosts[i], means[i], invstds[i])]
-        sums.append(torch.stack(found).view(-1, 2, channels))
-        products, totals = sums[-1].unbind(1)
-        offsets, slopes = (totals * share[group]).unbind(), (products * share[group] * invstd[group]).unbind()
-        for i, slope, offset, factor in zip(here, slopes, offsets, scale[group].unsqueeze(-1), strict=True):
-            cut = (tensor.chunk(pieces) for tensor in (grads[i], ghosts[i], results[i]))
-            for piece_grad, piece, result in zip(*cut, strict=True):
-                _evaluate(piece, means[i], ones, slope, offset, 0.0, result)
-                result.flatten(2).addcmul_(piece_grad.flatten(2), factor)
-    return Gradients(output, *torch.cat(sums).sum(0))
+    means, ones = normalized.moments[:, 0], x.new_ones(channels)
+    sums = sums_of_products(grads, ghosts, means, invstd)
+    scale = invstd if weight is None else invstd * weight
+    slopes, offsets = (sums * (scale * (-num_ghosts * channels / x.numel())).unsqueeze(1)).unbind(1)
+    slopes = slopes * invstd
+    pieces = num_pieces(num_bytes(ghosts[0]))
+    each = zip(grads, ghosts, results, means, slopes, offsets, scale.unsqueeze(-1), strict=True)
+    for *whole, mean, slope, offset, factor in each:
+        for piece_grad, piece, result in zip(*(tensor.chunk(pieces) for tensor in whole), strict=True):
+            _evaluate(piece, mean, ones, slope, offset, 0.0, result)
+            result.flatten(2).addcmul_(piece_grad.flatten(2), factor)
+    return Gradients(output, *sums.sum(0))
 
 
 def _evaluate(
