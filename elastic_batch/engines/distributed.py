@@ -39,7 +39,7 @@ DEFAULT_TIMEOUT = timedelta(minutes=10)
 """How long a collective may take before the world counts as broken; a worker's compute may be that much later than
 another's."""
 _LOOK_AROUND = timedelta(seconds=0.05)
-"""How often a wait looks whether the world was aborted, for some 0.2 ms of a core each. It ends by itself, at once, when
+"""How often a wait looks whether the world was aborted, for 0.2 ms of a core. It ends by itself, at once, when
 connections do, but gloo may lose an operation whose connection breaks while it is handed on: its wait would last for
 the whole timeout."""
 _GLOO_PATIENCE = 5

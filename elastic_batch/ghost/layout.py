@@ -5,7 +5,7 @@ Shapes: N rows of the batch, C channels, k ghosts of N / k rows, P positions of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -15,9 +15,6 @@ from torch import Tensor
 native_forward = torch.ops.aten.native_batch_norm.out
 native_backward = torch.ops.aten.native_batch_norm_backward.default
 
-# Ghosts of together this size are handled at once: few small operations for small ghosts, and what was read once is
-# still in the cache.
-_GROUP_BYTES = 8 * 1024**2
 # The backward passes write their result in two steps, piece by piece.
 _PIECE_BYTES = 1024**2
 Ghosts = Iterable[Tensor]
@@ -72,17 +69,6 @@ def sums_of_products(grads: Ghosts, ghosts: Ghosts, means: Ghosts, invstds: Ghos
 def num_bytes(tensor: Tensor) -> int:
     """Size in memory."""
     return tensor.numel() * tensor.element_size()
-
-
-def groups(num_ghosts: int, ghost_bytes: int) -> Iterator[slice]:
-    """Which ghosts to handle at once.
-
-    >>> list(groups(5, 4 * 1024**2))
-    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
-    """
-    size = max(1, _GROUP_BYTES // max(1, ghost_bytes))
-    for start in range(0, num_ghosts, size):
-        yield slice(start, min(start + size, num_ghosts))
 
 
 def num_pieces(ghost_bytes: int) -> int:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from elastic_batch.ghost.layout import (
-    Gradients,
-    Normalized,
-    groups,
-    native_forward,
-    num_bytes,
-    num_pieces,
-    sums_of_products,
-)
+from elastic_batch.ghost.layout import Gradients, Normalized, native_forward, num_bytes, num_pieces, sums_of_products
 from elastic_batch.ghost.memory import empty_like
+
+# Ghosts of together this size are handled at once: few small operations for small ghosts, and what was read once is
+# still in the cache.
+_GROUP_BYTES = 8 * 1024**2
 
 
 def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, num_ghosts: int, eps: float) -> Normalized:
@@ -30,7 +28,7 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, num_ghosts:
     shift = planes[:, 0].mean(2)  # [k, C]
     zeros, ones = x.new_zeros(shift.shape), x.new_ones(shift.shape)
     moments, invstd = x.new_empty((num_ghosts, 2, channels)), x.new_empty((num_ghosts, channels))
-    for group in groups(num_ghosts, num_bytes(results[0])):
+    for group in _groups(num_ghosts, num_bytes(results[0])):
         torch.sub(planes[group], shift[group, None, :, None], out=shifted[group])
         sums = sums_of_products(results[group], results[group], zeros[group], ones[group])
         squares, offset = sums.double().div_(count).unbind(1)
@@ -61,6 +59,17 @@ def gradients(grad: Tensor, x: Tensor, weight: Tensor | None, normalized: Normal
             _evaluate(piece, mean, ones, slope, offset, 0.0, result)
             result.flatten(2).addcmul_(piece_grad.flatten(2), factor)
     return Gradients(output, *sums.sum(0))
+
+
+def _groups(num_ghosts: int, ghost_bytes: int) -> Iterator[slice]:
+    """Which ghosts to handle at once.
+
+    >>> list(_groups(5, 4 * 1024**2))
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    size = max(1, _GROUP_BYTES // ghost_bytes)
+    for start in range(0, num_ghosts, size):
+        yield slice(start, min(start + size, num_ghosts))
 
 
 def _evaluate(
