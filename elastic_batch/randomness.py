@@ -98,6 +98,14 @@ class GeneratorState:
         if self._cuda_generator is not None and self._cuda is not None:
             self._cuda_generator.set_state(self._cuda)
 
+    def is_current(self) -> bool:
+        """Whether nobody drew meanwhile; False too where the layouts of Python's or numpy's are unknown."""
+        states = [(torch.default_generator, self._torch), (self._cuda_generator, self._cuda)]
+        return self.others_are_untouched() and all(
+            generator is None or state is None or torch.equal(generator.get_state(), state)
+            for generator, state in states
+        )
+
     def others_are_untouched(self) -> bool:
         """Whether Python's and numpy's generators hold what they did; False too where their layouts are unknown."""
         return self._python.is_current() and self._numpy.is_current()

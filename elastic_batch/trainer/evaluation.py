@@ -66,7 +66,6 @@ def evaluate(
     """
     num_samples = len(cast(Sized, dataset))
     part = share(num_samples, engine.size, engine.rank)
-    counts = bool(part)
     loader = DataLoader(
         Subset(dataset, part or range(min(1, num_samples))),
         batch_size=batch_size,
@@ -82,7 +81,9 @@ def evaluate(
         with _evaluating(model):
             for batch in iterate(loader):
                 for name, pair in _named(measure(model, to_device(batch, device))).items():
-                    totals[name] = totals.get(name, 0) + _as_tensor(pair, device) * counts
+                    found = _as_tensor(pair, device)
+                    # Whoever has no part runs a batch for the names alone.
+                    totals[name] = totals.get(name, 0) + (found if part else torch.zeros_like(found))
     except Exception as caught:
         error = caught
     return _total(engine, totals, error, device)

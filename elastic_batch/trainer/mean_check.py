@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from elastic_batch.data import NotDivisibleError, cut
 from elastic_batch.errors import MisusedTrainer
-from elastic_batch.randomness import cuda_generator
+from elastic_batch.randomness import GeneratorState
 from elastic_batch.trainer.buffers import preserved_buffers
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,8 @@ class MeanCheck:
 
     Norms, dropout and whatever else has no modules inside are in evaluation mode meanwhile, where samples do not
     influence each other. The rest of the model stays as it is, because some models answer with something else in
-    evaluation mode; but if that draws at random, there is a second round with all of it in evaluation mode.
+    evaluation mode; but if anything draws at random, there is a second round with all of it in evaluation mode. What
+    draws even then (mixup, the noise of a diffusion model) is left alone: the parts cannot be compared.
 
     It runs under the autocast of whoever asks for its parts, and compares as closely as that type allows.
 
@@ -65,10 +66,14 @@ class MeanCheck:
         except NotDivisibleError as error:
             logger.debug("the loss is not compared with those of halves: %s", error)
             return
-        before = self._random_state()
-        yield from self._round([module for module in self._model.modules() if _is_plain(module)], half)
-        if self._random_state() != before:
-            yield from self._round(list(self._model.modules()), half)
+        plain = [module for module in self._model.modules() if _is_plain(module)]
+        for modules in (plain, list(self._model.modules())):
+            before = GeneratorState(self._parameters[0].device if self._parameters else None)
+            yield from self._round(modules, half)
+            if before.is_current():
+                return
+        logger.info("the loss is not compared with those of halves: it draws random numbers, for each part others")
+        self._norms = []
 
     def _round(self, modules: list[nn.Module], half: int) -> Iterator[Any]:
         """The parts, with these modules in evaluation mode."""
@@ -90,11 +95,6 @@ class MeanCheck:
             torch.backends.cudnn.enabled = with_cudnn
             for module, mode in modes:
                 module.training = mode
-
-    def _random_state(self) -> list[list[int]]:
-        on_device = cuda_generator(self._parameters[0].device if self._parameters else None)
-        generators = [torch.default_generator, *([] if on_device is None else [on_device])]
-        return [generator.get_state().tolist() for generator in generators]
 
     def explain(self) -> None:
         """Say why the user's code got half a micro-batch, if that is where it failed: its error does not."""

@@ -22,6 +22,7 @@ from elastic_batch.trainer.failures import judge
 from elastic_batch.trainer.fusing import obstacle_to_fusing
 from elastic_batch.trainer.machinery import Machinery
 from elastic_batch.trainer.options import TrainerOptions
+from elastic_batch.trainer.precision import Precision
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def settle_width(
         options.micro_batches_per_pass,
         model,
         options.micro_batch_size,
+        precision=options.precision,
         deterministic=options.deterministic,
         owns_step=loss_fn is not None,
     )
@@ -91,6 +93,7 @@ def width_without_measuring(
     model: nn.Module,
     micro_batch_size: int,
     *,
+    precision: Precision,
     deterministic: bool,
     owns_step: bool = True,
 ) -> int | None:
@@ -100,10 +103,13 @@ def width_without_measuring(
         wanted: What was asked for.
         model: As it is called: compiled, if so.
         micro_batch_size: In samples.
+        precision: What the forward pass computes in.
         deterministic: Whether runs are to be equal to the bit.
         owns_step: Whether passes can be run without the user's own loop.
     """
     obstacle = obstacle_to_fusing(model, micro_batch_size)
+    if obstacle is None and wanted != 1 and precision == "fp16":
+        obstacle = "what overflows in fp16, and with it which updates are skipped, depends on how many a pass has"
     if obstacle is None and wanted == "auto" and deterministic:
         obstacle = "what is fastest may differ from run to run, and with it the rounding"
     if obstacle is None and wanted == "auto" and not owns_step:

@@ -55,7 +55,11 @@ def measure_steps(job: Job, *, max_width: int) -> StepTimes:
     torch.manual_seed(job.seed)
     worker = _Worker(job, device)
     known = width_without_measuring(
-        job.micro_batches_per_pass, worker.model, job.micro_batch_size, deterministic=job.deterministic
+        job.micro_batches_per_pass,
+        worker.model,
+        job.micro_batch_size,
+        precision=job.precision,
+        deterministic=job.deterministic,
     )
     seconds = measure_widths(lambda width: _time(worker.prepare(width), device), _widths(known, max_width))
     return StepTimes(

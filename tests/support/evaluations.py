@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,3 +25,12 @@ def evaluate_classes(engine: Engine, names: list[list[str]]) -> dict[str, float]
         return evaluate(engine, nn.Linear(1, 1), data, measure, device=torch.device("cpu"), batch_size=5)
     except MisusedTrainer as error:
         return str(error)
+
+
+def evaluate_to_infinity(engine: Engine) -> float:
+    """Evaluate a single sample, whose value is infinite."""
+    data = TensorDataset(torch.zeros(1))
+    found = evaluate(
+        engine, nn.Linear(1, 1), data, lambda *_: (math.inf, 1.0), device=torch.device("cpu"), batch_size=5
+    )
+    return float(*found.values())

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.evaluations import evaluate_classes
+from support.evaluations import evaluate_classes, evaluate_to_infinity
 from support.jobs import TOKENS
 from support.training import Plan, make_trainer
 from support.worlds import run_world
@@ -64,6 +64,10 @@ def test_names_belong_together_whatever_their_order() -> None:
 def test_other_names_on_another_worker_are_refused_on_all() -> None:
     for error, own in zip(run_world(2, evaluate_classes, [["cat"], ["horse"]]), ("cat", "horse"), strict=True):
         assert f"other names on workers 1 than on the others; here it gives '{own}'" in error
+
+
+def test_a_worker_without_samples_adds_nothing_to_a_result_that_is_infinite() -> None:
+    assert run_world(2, evaluate_to_infinity) == [math.inf, math.inf]
 
 
 def test_a_mean_of_nothing_is_not_a_number() -> None:

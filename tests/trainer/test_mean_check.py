@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -57,6 +59,28 @@ def test_a_mean_over_samples_passes_though_norms_and_dropout_couple_them() -> No
 def test_other_losses_are_refused(loss: Callable[[Any], Tensor]) -> None:
     with pytest.raises(MisusedTrainer, match=r"not a mean over samples.*in a job file.*takes: 'model, batch'"):
         _check(loss)
+
+
+def _noisy(batch: Any) -> Tensor:
+    return F.cross_entropy(_MODEL(batch[0] + torch.randn_like(batch[0])), batch[1])
+
+
+def _scaled(batch: Any) -> Tensor:
+    return F.cross_entropy(_MODEL(batch[0] * random.uniform(0.5, 2.0)), batch[1])
+
+
+def _mixed(batch: Any) -> Tensor:
+    share, order = np.random.beta(1.0, 1.0), np.random.permutation(len(batch[0]))
+    return F.cross_entropy(_MODEL(share * batch[0] + (1 - share) * batch[0][order]), batch[1])
+
+
+@pytest.mark.parametrize("loss", [_noisy, _scaled, _mixed])
+def test_a_loss_that_draws_by_itself_cannot_be_compared_and_is_left_alone(
+    loss: Callable[[Any], Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        _check(loss)
+    assert "it draws random numbers" in caplog.text
 
 
 def test_slight_class_weights_are_found_in_an_untrained_classifier() -> None:

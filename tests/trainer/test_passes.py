@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ from torch.utils.data import TensorDataset
 from elastic_batch import Trainer
 from elastic_batch.errors import CannotFuse
 from elastic_batch.schedule import StepsSchedule
-from elastic_batch.trainer.passes import choose_width
+from elastic_batch.trainer.passes import choose_width, width_without_measuring
+from elastic_batch.trainer.precision import Precision
 
 _CPU = torch.device("cpu")
 
@@ -45,6 +46,14 @@ class Machine:
 
     def choose(self, widest: int) -> int:
         return choose_width(self.prepare, widest, _CPU, clock=lambda: self.now)
+
+
+def test_in_fp16_passes_have_one_micro_batch_whatever_is_asked_for() -> None:
+    widths = [
+        width_without_measuring(4, nn.Linear(1, 1), 8, precision=precision, deterministic=False)
+        for precision in get_args(Precision)
+    ]
+    assert dict(zip(get_args(Precision), widths, strict=True)) == {"float32": 4, "bf16": 4, "fp16": 1}
 
 
 def test_the_fastest_width_for_each_micro_batch_is_taken() -> None:
