@@ -287,8 +287,14 @@ class CheckpointStore:
         self._try_delete(leftovers)
 
     def _prune(self, saved: Manifest) -> None:
-        """Remove all but the newest `keep`, and never the one just saved, which alone is known to be whole."""
-        surplus = [old.name for old in self.manifests(lambda damage: None)[self.keep :] if old.name != saved.name]
+        """Remove all but the newest `keep`, and never the one just saved, which alone is known to be whole.
+
+        It takes the place of what older worlds saved at its position: who repeats the end of a run keeps the rest.
+        """
+        found = self.manifests(lambda damage: None)
+        replaced = [old for old in found if old.position == saved.position and old.generation < saved.generation]
+        kept = [each for each in found if each not in replaced]
+        surplus = [old.name for old in (*replaced, *kept[self.keep :]) if old.name != saved.name]
         # Manifests first: a payload without one is a leftover, a manifest without payload would look like damage.
         self._try_delete([name + _MANIFEST for name in surplus])
         self._try_delete([name + _PAYLOAD for name in surplus])

@@ -285,6 +285,15 @@ def test_pruning_keeps_the_one_just_saved_though_damaged_ones_are_further(tmp_pa
     assert newest.manifest.position == 64
 
 
+def test_who_repeats_the_end_of_a_run_keeps_what_came_before_it(tmp_path: Path, make_save: MakeSave) -> None:
+    for position in (32, 64, 96):
+        CheckpointStore(tmp_path, keep=3).save(*make_save(position))
+    for generation in (1, 2, 3):
+        CheckpointStore(tmp_path, keep=3, generation=generation).save(*make_save(96))
+    found = CheckpointStore(tmp_path).manifests()
+    assert sorted((each.position, each.generation) for each in found) == [(32, 0), (64, 0), (96, 3)]
+
+
 def test_an_older_generation_may_not_save_once_a_newer_one_has_raised_the_fence(
     place: Place, make_save: MakeSave
 ) -> None:
