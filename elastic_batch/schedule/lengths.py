@@ -9,6 +9,9 @@ from elastic_batch.errors import InvalidSetting
 from elastic_batch.schedule.durations import Duration
 from elastic_batch.schedule.values import ScheduleContext
 
+_LONGEST = 2**62
+"""Positions are numbers of 64 bits."""
+
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
@@ -23,7 +26,8 @@ class Lengths:
         """Resolve a job's duration.
 
         Raises:
-            InvalidSetting: It is zero or a part of itself, or its unit needs what the context lacks.
+            InvalidSetting: It is zero, longer than 2**62 samples or a part of itself, or its unit needs what the
+                context lacks.
         """
         field = "schedule.max_duration"
         total = max_duration.samples(
@@ -31,6 +35,8 @@ class Lengths:
         )
         if total == 0:
             raise InvalidSetting(field, str(max_duration), "must be above 0")
+        if total > _LONGEST:
+            raise InvalidSetting(field, str(max_duration), "must be at most 2**62 samples")
         return cls(context, total)
 
     @property

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elastic_batch.errors import InvalidSetting
 from elastic_batch.job import LossSettings
 from elastic_batch.workloads.targets import call_target
 
@@ -20,10 +21,13 @@ def build_loss(settings: LossSettings) -> LossFunction:
     """Make the function that the trainer minimises.
 
     Raises:
-        InvalidSetting: The target cannot be had, or refuses its arguments.
+        InvalidSetting: The target cannot be had, refuses its arguments, or gives no function.
     """
     if settings.target is not None:
         function = call_target("loss.target", settings.target, settings.args)
+        if not callable(function):
+            rule = f"must give a function, the loss; it gave {type(function).__name__}"
+            raise InvalidSetting("loss.target", settings.target, rule)
         return cast(LossFunction, function) if settings.takes == "model, batch" else OutputLoss(function)
     if settings.name == "mse":
         return OutputLoss(F.mse_loss)

@@ -48,6 +48,9 @@ class ResidualNet(nn.Module):
         channels_in: Channels of the images.
         num_classes: Width of the output.
         dropout: Inside the blocks, 0 to 1.
+
+    Raises:
+        ValueError: A width or number is below 1.
     """
 
     def __init__(
@@ -60,6 +63,8 @@ class ResidualNet(nn.Module):
         num_classes: int,
         dropout: float = 0.0,
     ) -> None:
+        if min(stem_channels, *stage_channels, blocks_per_stage, channels_in, num_classes) < 1:
+            raise ValueError("widths, blocks, channels and classes must be at least 1")
         super().__init__()
         self.stem = nn.Conv2d(channels_in, stem_channels, 3, padding=1, bias=False)
         blocks: list[nn.Module] = []

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from elastic_batch.errors import DataMissing, UnknownName
+from elastic_batch.errors import DataMissing, InvalidSetting, UnknownName
 from elastic_batch.job import ModelSettings
 from elastic_batch.workloads.catalog import DataSetFacts, check_model_name, wide_resnet_shape
 from elastic_batch.workloads.models import small_resnet, wide_resnet
@@ -23,11 +23,15 @@ def build_model(settings: ModelSettings, facts: DataSetFacts | None) -> nn.Modul
 
     Raises:
         UnknownName: No such model.
-        InvalidSetting: The target cannot be had, or the model refuses its arguments.
+        InvalidSetting: The target cannot be had, or gives something else, or the model refuses its arguments.
         DataMissing: The package that has the model is not installed.
     """
     if settings.target is not None:
-        return cast(nn.Module, call_target("model.target", settings.target, settings.args))
+        found = call_target("model.target", settings.target, settings.args)
+        if not isinstance(found, nn.Module):
+            rule = f"must give a torch.nn.Module; it gave {type(found).__name__}"
+            raise InvalidSetting("model.target", settings.target, rule)
+        return found
     name = settings.name or ""
     check_model_name(name)
     source, _, model_name = name.partition(":")

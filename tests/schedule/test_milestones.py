@@ -196,6 +196,7 @@ def test_milestones_may_be_parts_of_the_whole() -> None:
         ({"warmup": "60ep"}, r"schedule.milestones\[0\]", "later than.*warm-up must end before"),
         ({"warmup": "200ep"}, "schedule.warmup", "must be shorter than the job"),
         ({"max_duration": "0ep"}, "schedule.max_duration", "must be above 0"),
+        ({"max_duration": "1e30ep"}, "schedule.max_duration", r"must be at most 2\*\*62 samples"),
         ({"max_duration": "1dur"}, "schedule.max_duration", "part of itself"),
         ({"strategy": "hybrid", "num_growths": 4}, "schedule.num_growths", "number of milestones, 3"),
         ({"rule": "sqrt"}, "schedule.rule", "must be linear, because SGD.*sqrt is for Adam"),

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elastic_batch.errors import InvalidSetting
 from elastic_batch.job import LossSettings
 from elastic_batch.workloads.losses import Judge, build_loss
 
@@ -40,6 +41,11 @@ def test_mean_squared_error_is_known() -> None:
 def test_a_users_loss_takes_outputs_and_targets() -> None:
     loss = build_loss(settings(target="torch.nn:MultiMarginLoss", args={"margin": 0.5}))
     assert torch.equal(loss(MODEL, (INPUTS, LABELS)), F.multi_margin_loss(MODEL(INPUTS), LABELS, margin=0.5))
+
+
+def test_a_target_that_gives_no_function_is_refused() -> None:
+    with pytest.raises(InvalidSetting, match=r"loss\.target = .*must give a function, the loss; it gave Fraction"):
+        build_loss(settings(target="fractions:Fraction"))
 
 
 def test_a_judge_sums_loss_and_right_answers() -> None:

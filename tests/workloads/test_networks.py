@@ -37,6 +37,16 @@ def test_arguments_win_over_what_follows_from_the_data_set() -> None:
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 3)
 
 
+def test_sizes_below_one_are_refused() -> None:
+    with pytest.raises(InvalidSetting, match=r"model\.args = .*must be at least 1"):
+        build_model(settings(name="small-resnet", args={"width": -3}), DATA_SETS["digits"])
+
+
+def test_a_target_that_gives_no_model_is_refused() -> None:
+    with pytest.raises(InvalidSetting, match=r"must give a torch\.nn\.Module; it gave Fraction"):
+        build_model(settings(target="fractions:Fraction"), None)
+
+
 def test_torchvisions_models_are_had_by_name() -> None:
     pytest.importorskip("torchvision")
     model = build_model(settings(name="torchvision:squeezenet1_1"), DATA_SETS["cifar10"])
