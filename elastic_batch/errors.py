@@ -52,6 +52,20 @@ class DataMissing(ElasticBatchError):
     """A data set was not found; the message says where it was looked for and how to get it."""
 
 
+class PackageMissing(ElasticBatchError):
+    """An optional package is not installed.
+
+    Args:
+        what: What it is needed for.
+        package: Its name.
+        extra: The extra of this package that brings it.
+    """
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        self.package, self.extra = package, extra
+        super().__init__(f"{what} needs {package}, which is not installed. Run: pip install 'elastic-batch[{extra}]'")
+
+
 class MisusedTrainer(ElasticBatchError, RuntimeError):
     """User code did something that would break the trajectory (a direct `loss.backward()`, say)."""
 

@@ -188,10 +188,24 @@ def test_a_wrong_value_names_where_it_was_set() -> None:
     assert "set by the command line" in str(refusal(seed=-1))
 
 
-def test_a_misspelt_environment_variable_is_refused_and_a_foreign_one_ignored() -> None:
-    with pytest.raises(UnknownName, match="Did you mean 'ELASTIC_BATCH_OPTIMIZER'"):
-        resolve_job(SMALLEST, environ={"ELASTIC_BATCH_OPTIMISER__NAME": "adam"})
-    resolve_job(SMALLEST, environ={"ELASTIC_BATCH_TOKEN_FILE": "/secret"})
+def test_a_misspelt_environment_variable_is_refused_with_the_field_that_was_meant() -> None:
+    for variable, meant in (
+        ("OPTIMISER__NAME", "ELASTIC_BATCH_OPTIMIZER"),
+        ("SEDE", "ELASTIC_BATCH_SEED"),
+        ("LEARNING_RATE", "ELASTIC_BATCH_OPTIMIZER__LEARNING_RATE"),
+        ("EVERY", "ELASTIC_BATCH_CHECKPOINT__EVERY or ELASTIC_BATCH_EVALUATION__EVERY"),
+    ):
+        with pytest.raises(InvalidSetting, match=rf"ELASTIC_BATCH_{variable} = '1'.*Did you mean {meant}\?"):
+            resolve_job(SMALLEST, environ={f"ELASTIC_BATCH_{variable}": "1"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ADDRESS", "COORDINATOR", "FAULTS", "FAULTS_RECORD", "GOES_ON", "RUN_DIR", "SLOT", "TOKEN_FILE", "WORKER_NAME"]
+    + ["SERVICE_HOST", "SERVICE_PORT", "PORT", "PORT_7077_TCP_ADDR", "COORDINATOR_PORT", "COORDINATOR_SERVICE_HOST"],
+)
+def test_a_variable_that_is_the_workers_or_kubernetes_sets_no_field(name: str) -> None:
+    assert resolve_job(SMALLEST, environ={f"ELASTIC_BATCH_{name}": "1"}) == resolve_job(SMALLEST)
 
 
 def test_assignments_need_a_name_and_a_value() -> None:

@@ -13,9 +13,11 @@ import click
 from elastic_batch.cli.invocation import Invocation
 from elastic_batch.errors import (
     CheckpointMissing,
+    DataMissing,
     ElasticBatchError,
     InvalidSetting,
     JobDiffers,
+    PackageMissing,
     Refusal,
     RunDirectoryBusy,
     RunDirectoryMissing,
@@ -34,6 +36,8 @@ EXIT_INTERRUPTED = 130
 
 _IMPOSSIBLE = (
     InvalidSetting,
+    DataMissing,
+    PackageMissing,
     RunDirectoryBusy,
     RunDirectoryUsed,
     RunDirectoryMissing,

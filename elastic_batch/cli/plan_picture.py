@@ -6,7 +6,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from elastic_batch.errors import ElasticBatchError, InvalidSetting
+from elastic_batch.errors import InvalidSetting, PackageMissing
 from elastic_batch.schedule import PhaseValues, Schedule
 from elastic_batch.workloads.planning import JobPlan
 
@@ -19,12 +19,12 @@ def check_picture(path: Path) -> None:
 
     Raises:
         InvalidSetting: It ends with neither `.png` nor `.svg`.
-        ElasticBatchError: Matplotlib is not installed.
+        PackageMissing: matplotlib is not installed.
     """
     if path.suffix not in (".png", ".svg"):
         raise InvalidSetting("--plot", str(path), "must end with .png or .svg")
     if find_spec("matplotlib") is None:
-        raise ElasticBatchError("drawing needs matplotlib: pip install 'elastic-batch[report]'")
+        raise PackageMissing("drawing", "matplotlib", "report")
 
 
 def draw_plan(planned: JobPlan, path: Path) -> None:

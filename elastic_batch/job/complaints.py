@@ -103,15 +103,16 @@ def _locate(location: tuple[int | str, ...], model: type[BaseModel]) -> _Place:
             inside = [one for one in inside if step in _words(one)] or [one for one in inside if not _words(one)]
         elif inside:
             path, around = f"{path}.{step}" if path else step, inside
-            inside = [found for owner in owners for found in _models_in(owner.model_fields[step].annotation)]
+            inside = [found for owner in owners for found in models_in(owner.model_fields[step].annotation)]
     return _Place(path, inside, around)
 
 
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a field of this type may be."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in get_args(annotation):
-        yield from _models_in(argument)
+        yield from models_in(argument)
 
 
 def _words(model: type[BaseModel], field: str | None = None) -> list[str]:

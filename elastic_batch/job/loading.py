@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from elastic_batch.errors import InvalidSetting, UnknownName
+from elastic_batch.errors import InvalidSetting
+from elastic_batch.job.complaints import models_in
 from elastic_batch.job.job import Job
 from elastic_batch.job.yaml_text import parse_yaml
 
@@ -89,7 +91,8 @@ def parse_assignments(assignments: tuple[str, ...]) -> dict[str, Any]:
 def _environment_settings(environ: Mapping[str, str]) -> list[tuple[str, str, Any]]:
     """(variable, dotted field, value) of every variable that names a field of a job.
 
-    Other parts of the package have variables with this prefix too; one that is nearly a field's name is a slip.
+    Other parts of the package have variables with this prefix too, and Kubernetes makes some (ELASTIC_BATCH_SERVICE_PORT)
+    for a service called `elastic-batch`. One that is nearly a field's name, or a section's field alone, is a slip.
     """
     settings = []
     for variable in sorted(environ):
@@ -99,10 +102,25 @@ def _environment_settings(environ: Mapping[str, str]) -> list[tuple[str, str, An
         section = name.partition(".")[0]
         if section in Job.model_fields:
             settings.append((variable, name, parse_yaml(environ[variable], variable)))
-        elif get_close_matches(section, Job.model_fields, n=1, cutoff=0.8):
-            known = [ENVIRONMENT_PREFIX + field.upper() for field in Job.model_fields]
-            raise UnknownName("environment variable", variable, known)
+        elif "service_" not in name and (nearest := get_close_matches(section, _fields_by_word(), n=1, cutoff=0.75)):
+            meant = [_variable(field) for field in _fields_by_word()[nearest[0]]]
+            rule, remedy = "names no field of a job", f"Did you mean {' or '.join(meant)}?"
+            raise InvalidSetting(f"environment variable {variable}", environ[variable], rule, remedy)
     return settings
+
+
+def _variable(field: str) -> str:
+    return ENVIRONMENT_PREFIX + field.upper().replace(".", "__")
+
+
+@cache
+def _fields_by_word() -> dict[str, list[str]]:
+    """A word -> the field of that name, or else the sections' fields of that name, dotted."""
+    inner: dict[str, list[str]] = {}
+    for name, field in Job.model_fields.items():
+        for word in {word: None for section in models_in(field.annotation) for word in section.model_fields}:
+            inner.setdefault(word, []).append(f"{name}.{word}")
+    return inner | {name: [name] for name in Job.model_fields}
 
 
 def _with(fields: Mapping[str, Any], name: str, value: Any, around: str = "") -> dict[str, Any]:

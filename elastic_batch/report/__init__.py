@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from elastic_batch.errors import ElasticBatchError, UnknownName
+from elastic_batch.errors import PackageMissing, UnknownName
 from elastic_batch.report.runs import Group, find_runs, group_runs, load_run
 from elastic_batch.report.table import HEADER, Row, as_markdown, cells, make_table
 from elastic_batch.strict_json import to_json
@@ -43,12 +43,12 @@ def write_report(
     Raises:
         RunDirectoryMissing: A path holds no run.
         UnknownName: No run has evaluated this metric.
-        ElasticBatchError: matplotlib is not installed.
+        PackageMissing: matplotlib is not installed.
     """
     try:
         from elastic_batch.report.figures import draw_figures  # loads matplotlib
     except ImportError as error:
-        raise ElasticBatchError("drawing needs matplotlib. Run: pip install 'elastic-batch[report]'") from error
+        raise PackageMissing("drawing", "matplotlib", "report") from error
     groups = group_runs([load_run(path) for path in find_runs(paths)])
     metric = _choose_metric(groups, metric)
     rows = make_table(groups, metric)

@@ -67,7 +67,8 @@ def build_workload(
         loggers: Further receivers of records.
 
     Raises:
-        DataMissing: The data set, or the package that has the model, is not there.
+        DataMissing: The data set is not there.
+        PackageMissing: A package that has the data set or the model is not installed.
         InvalidSetting: Something in the job cannot be built.
     """
     data = load_data(job.data)

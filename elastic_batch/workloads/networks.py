@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from elastic_batch.errors import DataMissing, InvalidSetting, UnknownName
+from elastic_batch.errors import InvalidSetting, PackageMissing, UnknownName
 from elastic_batch.job import ModelSettings
 from elastic_batch.workloads.catalog import DataSetFacts, check_model_name, wide_resnet_shape
 from elastic_batch.workloads.models import small_resnet, wide_resnet
@@ -24,7 +24,7 @@ def build_model(settings: ModelSettings, facts: DataSetFacts | None) -> nn.Modul
     Raises:
         UnknownName: No such model.
         InvalidSetting: The target cannot be had, or gives something else, or the model refuses its arguments.
-        DataMissing: The package that has the model is not installed.
+        PackageMissing: The package that has the model is not installed.
     """
     if settings.target is not None:
         found = call_target("model.target", settings.target, settings.args)
@@ -49,7 +49,7 @@ def build_model(settings: ModelSettings, facts: DataSetFacts | None) -> nn.Modul
 
 
 def _torchvision_model(name: str, options: dict[str, Any]) -> nn.Module:
-    models = import_torchvision().models
+    models = import_torchvision(f"torchvision:{name}").models
     known = models.list_models(module=models)
     if name not in known:
         raise UnknownName("model.name", f"torchvision:{name}", [f"torchvision:{one}" for one in known])
@@ -60,7 +60,7 @@ def _timm_model(name: str, options: dict[str, Any]) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise DataMissing("timm is not installed: pip install 'elastic-batch[timm]'") from error
+        raise PackageMissing(f"timm:{name}", "timm", "timm") from error
     if not timm.is_model(name):
         raise UnknownName("model.name", f"timm:{name}", [f"timm:{one}" for one in timm.list_models()])
     return cast(nn.Module, call_with_args("model.args", timm.create_model, options, name))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
-from elastic_batch.errors import DataMissing
+from elastic_batch.errors import DataMissing, PackageMissing
 from elastic_batch.job import DataSettings
 from elastic_batch.workloads.augmentation import ImageTransform
 from elastic_batch.workloads.catalog import DataSetFacts, facts_of
@@ -27,6 +27,7 @@ def load_data_sets(settings: DataSettings) -> DataSets:
     Raises:
         UnknownName: There is none of this name.
         DataMissing: It is not there; the message says where it was looked for and how to get it.
+        PackageMissing: The package that has or reads it is not installed.
     """
     name = settings.name or ""
     return _READERS[name](settings, facts_of(name))
@@ -61,9 +62,7 @@ def _read_digits(settings: DataSettings, facts: DataSetFacts) -> DataSets:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataMissing(
-            "the digits come with scikit-learn, which is not installed: pip install 'elastic-batch[digits]'"
-        ) from error
+        raise PackageMissing("the data set digits", "scikit-learn", "digits") from error
     scans = load_digits()
     order = np.argsort(scans.target, kind="stable")
     images, labels = scans.images[order][:, None], scans.target[order]

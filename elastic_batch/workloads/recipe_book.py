@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from elastic_batch.errors import InvalidSetting, UnknownName
@@ -22,19 +23,19 @@ def recipe_summary(name: str) -> str:
 
 
 def find_job_file(recipe_or_path: str) -> Path:
-    """Find the file of a recipe's name, or of a path to a job file.
+    """Find the file of a recipe's name, or of a path to a job file; a recipe goes before a file of the same name.
 
     Raises:
         UnknownName: No recipe is called so; the message has the nearest name.
         InvalidSetting: There is no such file.
     """
+    if recipe_or_path in recipe_names():
+        return _FOLDER / f"{recipe_or_path}.yaml"
     path = Path(recipe_or_path)
-    if path.suffix in _SUFFIXES or len(path.parts) > 1:
-        if path.is_dir():
-            raise InvalidSetting("job file", recipe_or_path, "must be a file, and this is a directory")
-        if not path.is_file():
-            raise InvalidSetting("job file", recipe_or_path, f"there is no such file (looked for {path.absolute()})")
+    if path.is_file():
         return path
-    if recipe_or_path not in recipe_names():
+    if path.suffix not in _SUFFIXES and os.sep not in recipe_or_path:
         raise UnknownName("recipe", recipe_or_path, recipe_names())
-    return _FOLDER / f"{recipe_or_path}.yaml"
+    if path.is_dir():
+        raise InvalidSetting("job file", recipe_or_path, "must be a file, and this is a directory")
+    raise InvalidSetting("job file", recipe_or_path, f"there is no such file (looked for {path.absolute()})")

@@ -8,22 +8,22 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from elastic_batch.errors import DataMissing
+from elastic_batch.errors import DataMissing, PackageMissing
 from elastic_batch.job import DataSettings
 from elastic_batch.workloads.catalog import DataSetFacts
 from elastic_batch.workloads.data_sets import DataSets
 
 
-def import_torchvision() -> Any:
-    """Import torchvision.
+def import_torchvision(what: str) -> Any:
+    """Import torchvision, which `what` needs.
 
     Raises:
-        DataMissing: It is not installed.
+        PackageMissing: It is not installed.
     """
     try:
         import torchvision
     except ImportError as error:
-        raise DataMissing("torchvision is not installed: pip install 'elastic-batch[vision]'") from error
+        raise PackageMissing(what, "torchvision", "vision") from error
     return torchvision
 
 
@@ -33,13 +33,14 @@ def torchvision_data_set(name: str, root: Path, **options: Any) -> Any:
     Raises:
         DataMissing: It is not there, not whole, or could not be fetched.
     """
-    datasets = import_torchvision().datasets
+    datasets = import_torchvision(f"torchvision's {name}").datasets
     try:
         with _one_at_a_time(root) if options.get("download") else nullcontext():
             return getattr(datasets, name)(root, **options)
     except (RuntimeError, OSError) as error:
+        found = str(error).partition(". You can use download=True")[0]  # an argument of torchvision's, none of a job's
         raise DataMissing(
-            f"{name} is not whole in {root.absolute()} ({error}). Set data.root to the folder that holds it as "
+            f"{name} is not whole in {root.absolute()} ({found}). Set data.root to the folder that holds it as "
             "torchvision lays it out (cifar-10-batches-py for CIFAR-10), or set data.download: true where there is a "
             "network"
         ) from error
@@ -69,7 +70,7 @@ def read_image_folder(settings: DataSettings, facts: DataSetFacts) -> DataSets:
             "val/CLASS/*.JPEG; ILSVRC 2012 is had from image-net.org"
         )
     size = settings.image_size or facts.image_shape[1]
-    vision = import_torchvision()
+    vision = import_torchvision("a folder of images")
     folder = vision.datasets.ImageFolder
     return DataSets(
         training=folder(root / "train", _folder_transform(vision.transforms, settings, facts, size)),

@@ -92,10 +92,17 @@ def test_shares_are_told_for_the_workers_that_were_asked_for(capsys: pytest.Capt
     assert workers[0]["baseline_micro_batches_in_sequence"] == 899
 
 
-@pytest.mark.parametrize("workers", ["5", "0", "two", "1,,2", "1;2"])
+def test_workers_beyond_the_micro_batches_stand_by(capsys: pytest.CaptureFixture[str]) -> None:
+    (seven,) = plan_json(capsys, "digits", "--workers", "7")["workers"]
+    assert seven["micro_batches_per_worker"] == [1, 1, 1, 1, 1]
+    assert seven["idle_share"] == pytest.approx([6 / 7, 5 / 7, 3 / 7, 3 / 7, 3 / 7])
+    assert "1 (43%)" in plan_text(capsys, "digits", "--workers", "1,4,7")
+
+
+@pytest.mark.parametrize("workers", ["", "0", "two", "1,,2", "1;2", "1,-2"])
 def test_numbers_of_workers_that_make_no_sense_are_refused(workers: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "digits", "--workers", workers], {}) == 2
-    assert "numbers from 1 to 4" in capsys.readouterr().err
+    assert "numbers from 1 on" in capsys.readouterr().err
 
 
 def test_people_see_phases_chart_workers_and_the_form_of_the_noise_scale(capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,7 +166,7 @@ def test_without_matplotlib_nothing_is_measured_in_vain(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main(["plan", "digits", "--measure", "--plot", str(tmp_path / "plan.png")], {}) == 1
+    assert main(["plan", "digits", "--measure", "--plot", str(tmp_path / "plan.png")], {}) == 2
     said = capsys.readouterr()
     assert "pip install 'elastic-batch[report]'" in said.err
     assert said.out == ""

@@ -179,9 +179,8 @@ def test_a_job_that_cannot_run_fails_before_anything_is_made(
 
 
 def test_missing_data_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(["train", "fashion-mnist", "--set", f"data.root={tmp_path}", "--run-dir", str(tmp_path / "run")], {}) == 1
-    )
+    arguments = ["train", "fashion-mnist", "--set", f"data.root={tmp_path}", "--run-dir", str(tmp_path / "run")]
+    assert main(arguments, {}) == 2
     assert "dataset-fashion-mnist" in capsys.readouterr().err
 
 

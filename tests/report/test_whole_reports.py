@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from elastic_batch.errors import ElasticBatchError, UnknownName
+from elastic_batch.errors import PackageMissing, UnknownName
 from elastic_batch.report import Report, figures, write_report
 from elastic_batch.report.runs import group_runs, load_run
 from elastic_batch.report.table import make_table
@@ -122,5 +122,5 @@ def test_without_matplotlib_the_error_names_the_extra(
 ) -> None:
     monkeypatch.delitem(sys.modules, "elastic_batch.report.figures", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ElasticBatchError, match=r"pip install 'elastic-batch\[report\]'"):
+    with pytest.raises(PackageMissing, match=r"pip install 'elastic-batch\[report\]'"):
         write_report([nine_runs], tmp_path)

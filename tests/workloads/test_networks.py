@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from elastic_batch.errors import DataMissing, InvalidSetting, UnknownName
+from elastic_batch.errors import InvalidSetting, PackageMissing, UnknownName
 from elastic_batch.job import ModelSettings
 from elastic_batch.workloads.catalog import DATA_SETS
 from elastic_batch.workloads.networks import build_model
@@ -65,7 +65,7 @@ def test_timms_models_are_had_by_name() -> None:
 
 def test_a_missing_package_names_the_extra_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(DataMissing, match=r"pip install 'elastic-batch\[timm\]'"):
+    with pytest.raises(PackageMissing, match=r"pip install 'elastic-batch\[timm\]'"):
         build_model(settings(name="timm:resnet50"), None)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from elastic_batch.errors import InvalidSetting, UnknownName
@@ -95,3 +97,15 @@ def test_an_unknown_recipe_is_refused_with_the_nearest_name_and_a_path_with_its_
         find_job_file("digit")
     with pytest.raises(InvalidSetting, match="no such file"):
         find_job_file("jobs/none.yaml")
+    with pytest.raises(InvalidSetting, match="this is a directory"):
+        find_job_file("./")
+
+
+def test_a_job_file_may_be_called_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("job", "job.txt", "digits"):
+        (tmp_path / name).touch()
+    assert [str(find_job_file(name)) for name in ("job", "./job", "job.txt", "./digits")] == [
+        "job", "job", "job.txt", "digits"
+    ]  # fmt: skip
+    assert find_job_file("digits").suffix == ".yaml", "a recipe's name is the recipe"
