@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_batch.errors import InvalidSetting, UnknownName
+from elastic_batch.errors import InvalidSetting
 from elastic_batch.job import Job, format_yaml, load_job, parse_assignments, resolve_job
 from elastic_batch.job.yaml_text import parse_yaml
 
@@ -182,6 +182,14 @@ def test_what_is_within_a_short_form_can_be_set() -> None:
     assert job.dump()["schedule"]["warmup"] == {"duration": "5ep", "start_factor": 0.0}
 
 
+@pytest.mark.parametrize(
+    "name", ["seed", "micro_batch_size", "optimizer__learning_rate", "schedule__factor", "schedule__global_batch_size"]
+)
+def test_a_truth_value_is_no_number(name: str) -> None:
+    error = refusal(**{name: True})
+    assert (error.field, error.rule) == (name.replace("__", "."), "must not be true or false")
+
+
 def test_a_wrong_value_names_where_it_was_set() -> None:
     with pytest.raises(InvalidSetting, match="set by ELASTIC_BATCH_SEED"):
         resolve_job(SMALLEST, environ={"ELASTIC_BATCH_SEED": "-1"})
@@ -201,8 +209,23 @@ def test_a_misspelt_environment_variable_is_refused_with_the_field_that_was_mean
 
 @pytest.mark.parametrize(
     "name",
-    ["ADDRESS", "COORDINATOR", "FAULTS", "FAULTS_RECORD", "GOES_ON", "RUN_DIR", "SLOT", "TOKEN_FILE", "WORKER_NAME"]
-    + ["SERVICE_HOST", "SERVICE_PORT", "PORT", "PORT_7077_TCP_ADDR", "COORDINATOR_PORT", "COORDINATOR_SERVICE_HOST"],
+    [
+        "ADDRESS",
+        "COORDINATOR",
+        "FAULTS",
+        "FAULTS_RECORD",
+        "GOES_ON",
+        "RUN_DIR",
+        "SLOT",
+        "TOKEN_FILE",
+        "WORKER_NAME",
+        "SERVICE_HOST",
+        "SERVICE_PORT",
+        "PORT",
+        "PORT_7077_TCP_ADDR",
+        "COORDINATOR_PORT",
+        "COORDINATOR_SERVICE_HOST",
+    ],
 )
 def test_a_variable_that_is_the_workers_or_kubernetes_sets_no_field(name: str) -> None:
     assert resolve_job(SMALLEST, environ={f"ELASTIC_BATCH_{name}": "1"}) == resolve_job(SMALLEST)

@@ -91,8 +91,9 @@ def parse_assignments(assignments: tuple[str, ...]) -> dict[str, Any]:
 def _environment_settings(environ: Mapping[str, str]) -> list[tuple[str, str, Any]]:
     """(variable, dotted field, value) of every variable that names a field of a job.
 
-    Other parts of the package have variables with this prefix too, and Kubernetes makes some (ELASTIC_BATCH_SERVICE_PORT)
-    for a service called `elastic-batch`. One that is nearly a field's name, or a section's field alone, is a slip.
+    Other parts of the package have variables with this prefix too, and Kubernetes makes some for a service that is
+    called `elastic-batch` (ELASTIC_BATCH_SERVICE_PORT). One that is nearly a field's name, or a section's field alone,
+    is a slip.
     """
     settings = []
     for variable in sorted(environ):

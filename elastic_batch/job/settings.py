@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema, model_validator
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema, model_validator
 
 from elastic_batch.errors import InvalidSetting
 from elastic_batch.schedule import Duration
+from elastic_batch.schedule.settings import Settings
 
 _TARGET_PATTERN = r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$"
 
@@ -22,10 +23,10 @@ def _check_target(value: str) -> str:
 Target = Annotated[str, AfterValidator(_check_target), WithJsonSchema({"type": "string", "pattern": _TARGET_PATTERN})]
 
 
-class Section(BaseModel):
-    """Base of all sections: frozen, unknown fields refused, the text below a field is its description."""
+class Section(Settings):
+    """Base of the sections other than `schedule`: no number in them is infinite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
 def _require_one(section: str, name: str | None, target: str | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Protocol, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from elastic_batch.errors import InvalidSetting, UnknownName
 from elastic_batch.noise import NoiseForm
@@ -36,6 +36,14 @@ class Settings(BaseModel):
     """Base of all sections: frozen, unknown fields refused, the text below a field is its description."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_no_truth_for_a_number(cls, fields: Any) -> Any:
+        for name, value in fields.items() if isinstance(fields, dict) else ():
+            if isinstance(value, bool) and name in cls.model_fields and cls.model_fields[name].annotation is not bool:
+                raise InvalidSetting(name, value, "must not be true or false")
+        return fields
 
     @classmethod
     def of(cls, **fields: Any) -> Self:
