@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from typing import Any
@@ -36,6 +37,34 @@ def refuse_wrapped(model: nn.Module) -> None:
             "must be the bare model: the trainer reduces gradients itself",
             "Pass model.module",
         )
+
+
+def require_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The model's parameters, which are all there.
+
+    Raises:
+        InvalidSetting: It has none, or lazy ones that no forward pass has given a shape.
+    """
+    parameters = list(model.parameters())
+    kind = type(model).__name__
+    if not parameters:
+        raise InvalidSetting("model", kind, "must have parameters")
+    if any(isinstance(parameter, nn.UninitializedParameter) for parameter in parameters):
+        raise InvalidSetting("model", kind, "has lazy parameters without a shape", "Run a batch through it before")
+    return parameters
+
+
+def require_trained_inside(model: nn.Module, optimizer: SteeredOptimizer) -> None:
+    """Refuse an optimizer of parameters that are not the model's: no checkpoint would have them.
+
+    Raises:
+        InvalidSetting: It has some.
+    """
+    own = set(model.parameters())
+    if outside := [tuple(parameter.shape) for parameter in optimizer.parameters if parameter not in own]:
+        rule = f"must train parameters of the model only; {len(outside)} are not in it, of shape {outside[0]} for one"
+        remedy = "Put whatever is trained, a loss with parameters of its own included, into one module"
+        raise InvalidSetting("optimizer", type(optimizer.optimizer).__name__, rule, remedy)
 
 
 def require_schedule(schedule: object) -> None:
@@ -90,7 +119,9 @@ def make_estimator(options: TrainerOptions, schedule: Schedule) -> NoiseScaleEst
     return NoiseScaleEstimator(options.noise_horizon or default_horizon)
 
 
-def fingerprint(options: TrainerOptions, schedule: Schedule, optimizer: SteeredOptimizer) -> dict[str, Any]:
+def fingerprint(
+    options: TrainerOptions, schedule: Schedule, optimizer: SteeredOptimizer, model: nn.Module
+) -> dict[str, Any]:
     """What alters the trajectory, in plain values."""
     settings = (
         "micro_batch_size",
@@ -101,8 +132,10 @@ def fingerprint(options: TrainerOptions, schedule: Schedule, optimizer: SteeredO
         "momentum_correction",
         "block_size",
     )
+    names = {parameter: name.replace("_orig_mod.", "") for name, parameter in model.named_parameters()}
     groups = [
         {name: value for name, value in group.items() if name not in ("params", "lr") and _is_plain(value)}
+        | {"parameters": _in_few_words([names.get(parameter, "") for parameter in group["params"]])}
         for group in optimizer.optimizer.param_groups
     ]
     for group, ratio in zip(groups, optimizer.ratios, strict=True):
@@ -120,6 +153,12 @@ def fingerprint(options: TrainerOptions, schedule: Schedule, optimizer: SteeredO
         **{name: getattr(options, name) for name in settings},
         **({"job": options.trajectory} if options.trajectory else {}),
     }
+
+
+def _in_few_words(names: list[str]) -> str:
+    """How many parameters, the first one's name, and a digest of all in their order."""
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
+    return f"{len(names)} from {names[0]} on ({digest})" if names else "none"
 
 
 def _is_plain(value: object) -> bool:

@@ -82,7 +82,8 @@ class UpdateLoop:
         self._wished = Wishes()
         self._everybody_left = False  # the run itself was not stopped: it waits for other workers
         self._compiles = compiles
-        self._has_looped = False
+        self._num_loops = 0
+        self._is_left = False
         # Who joins a world that trains already is alone in what its script does before the first update.
         self._is_astray = progress.origin != machinery.engine.generation
         self._num_evaluations = 0
@@ -113,10 +114,11 @@ class UpdateLoop:
     def run(self) -> Iterator[Update]:
         """Yield update after update, and settle each after the user's turn, until the run ends or is stopped."""
         progress = self._progress
+        self._require_no_update_under_way()
         self.restart_source()
-        if self._has_looped:
+        if self._num_loops:
             progress.stop_reason = None  # that loop's
-        self._has_looped = True
+        self._num_loops = number = self._num_loops + 1
         concluded = False
         with stopping_on_signals(self.on_signal):
             try:
@@ -125,6 +127,8 @@ class UpdateLoop:
                         self._update = update = self._open()
                         with self._standing.busy() if self._compiles else nullcontext():
                             yield update
+                        if number != self._num_loops:
+                            raise MisusedTrainer("another loop over the updates has begun since; go on with that one")
                         self._compiles &= update.outcome is Outcome.REPEATED  # it may not have come so far
                         self._settle(update)
                     concluded = True  # whatever comes of it, the end is on record
@@ -132,14 +136,38 @@ class UpdateLoop:
                 if self._everybody_left and not self.finished:
                     self._say_goodbye()
             except GeneratorExit:
-                progress.stop_reason = "the loop over the updates was left"
+                if number == self._num_loops:
+                    progress.stop_reason = "the loop over the updates was left"
                 raise
             finally:
-                if not concluded:
-                    self._record_end()
+                if number == self._num_loops:
+                    self._is_left = True
+                    if not concluded:
+                        self._record_end()
+
+    def _require_no_update_under_way(self) -> None:
+        """See that a loop over the updates begins where no other is amid one.
+
+        Raises:
+            MisusedTrainer: One is, or was left after its reductions with other workers had begun.
+        """
+        update, is_left = self._update, self._is_left
+        if update is not None and update.outcome is Outcome.OPEN:
+            if not is_left or update.is_reducing:
+                raise MisusedTrainer(
+                    f"a loop over the updates begins while update {update.index} of another is under way; end that one "
+                    "with update.step() first, on every worker"
+                )
+            update.supersede(None)
+        self._is_left = False
 
     def _open(self) -> Update:
         self.machinery.optimizer.check()
+        if not self.machinery.is_whole:
+            raise MisusedTrainer(
+                "an update was applied in part, or the workers' parameters differ: this model can be trained no "
+                "further; make a new trainer, and resume from the last checkpoint"
+            )
         plan = self._plan_next()
         if self.engine.rank == 0:
             self._phase_log.show(plan, self.engine.size)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -55,6 +56,11 @@ class ShareRun:
         machinery.tally.begin()
         machinery.statistics.begin()
 
+    @property
+    def has_run_all(self) -> bool:
+        """Whether the last pass has been run: its backward begins the reductions."""
+        return 0 < len(self._requests) == self._num_done
+
     def batches(self) -> Iterator[Any]:
         """Each pass's batch, on the device, under the random seeds of its position; `backward` answers it."""
         machinery = self._machinery
@@ -76,9 +82,13 @@ class ShareRun:
                 machinery.statistics.samples_per_pass = self._num_samples(request)
                 self._awaits_backward = True
                 with self._forward(seeds):
-                    yield batch
+                    try:
+                        yield batch
+                    except GeneratorExit:  # whoever left the loop is not to answer the batch outside it
+                        self._awaits_backward = False
+                        raise
                 if self._awaits_backward and not self.is_over:
-                    self._check_gradients()  # it may have been loss.backward()
+                    self._check(self.gradients.check)  # it may have been loss.backward()
                 if self._awaits_backward and not self.is_over:
                     self.fail(MisusedTrainer("a batch got no update.backward(loss); call it once for each batch"))
                 if self.is_over:
@@ -86,11 +96,9 @@ class ShareRun:
 
     def backward(self, loss: Tensor, weight: Tensor | float | None) -> None:
         """Add the gradient of one batch: see `Update.backward`."""
-        if loss.dim() != 0:
-            raise MisusedTrainer(
-                f"the loss has shape {tuple(loss.shape)}; it must be one number: a mean over the batch's samples, or a "
-                "sum with weight=..."
-            )
+        _require_number("loss", loss, "one number: a mean over the batch's samples, or a sum with weight=...")
+        if weight is not None:
+            _require_number("weight", weight, "one number: what the sum of losses is to be divided by")
         if self._mean_check is not None:
             if weight is None:
                 self._mean_check.record(loss)
@@ -114,11 +122,13 @@ class ShareRun:
             self.fail(error)
 
     def finish(self) -> None:
-        """The user is done: see that every batch was run, and that nobody else changed a gradient."""
+        """The user is done: see that every batch was run, and that nobody else changed a gradient or steers."""
         if not self.is_over and self._num_done < len(self._requests):
             self.fail(MisusedTrainer("update.step() was called before every batch of the update was run"))
         if not self.is_over:
-            self._check_gradients()
+            self._check(self.gradients.check)
+        if not self.is_over:
+            self._check(self._machinery.optimizer.check)
         if not self.is_over and self._machinery.seeds.have_strayed():
             self._end(Failure(Severity.SEEDED, _STRAYED))
 
@@ -156,9 +166,9 @@ class ShareRun:
             for request in self._requests
         ]
 
-    def _check_gradients(self) -> None:
+    def _check(self, check: Callable[[], None]) -> None:
         try:
-            self.gradients.check()
+            check()
         except MisusedTrainer as error:
             self.fail(error)
 
@@ -228,3 +238,15 @@ class ShareRun:
         machinery = self._machinery
         is_wanted = machinery.estimator and len(self._requests) == 1 and machinery.engine.size > 1
         return machinery.tally.first_pass_norms if is_wanted else None
+
+
+def _require_number(name: str, value: object, what: str) -> None:
+    if isinstance(value, Tensor):
+        if value.dim() == 0 and not value.is_complex():
+            return
+        found = f"has shape {tuple(value.shape)}" if value.dim() else "is complex"
+    elif name == "weight" and isinstance(value, Real):
+        return
+    else:
+        found = f"is a {type(value).__name__}" if value is not None else "is None"
+    raise MisusedTrainer(f"the {name} {found}; it must be {what}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import LBFGS, Adam, AdamW, Optimizer
+from torch.optim import LBFGS, Adam, AdamW, Optimizer, SparseAdam
 
 from elastic_batch.errors import InvalidSetting, MisusedTrainer
 from elastic_batch.schedule import PhaseValues
@@ -191,10 +192,13 @@ def _refuse_unsuitable(optimizer: Any) -> None:
         )
     if not isinstance(optimizer, Optimizer):
         raise InvalidSetting("optimizer", type(optimizer).__name__, "must be a torch.optim.Optimizer")
-    if isinstance(optimizer, LBFGS):
-        raise InvalidSetting(
-            "optimizer", "LBFGS", "must step without a closure", "Use SGD, Adam, AdamW or another first-order optimizer"
-        )
+    kind = type(optimizer).__name__
+    if isinstance(optimizer, LBFGS) or _needs_closure(optimizer):
+        remedy = "Use SGD, Adam, AdamW or another first-order optimizer"
+        raise InvalidSetting("optimizer", kind, "must step without a closure", remedy)
+    if isinstance(optimizer, SparseAdam):
+        rule, remedy = "must take dense gradients: those of an update are summed as such", "Use Adam, or Adagrad"
+        raise InvalidSetting("optimizer", kind, rule, remedy)
     for group in optimizer.param_groups:
         if any(parameter.is_complex() and parameter.requires_grad for parameter in group["params"]):
             raise InvalidSetting(
@@ -207,6 +211,11 @@ def _refuse_unsuitable(optimizer: Any) -> None:
             raise InvalidSetting(
                 "optimizer.dampening", group["dampening"], "must be 0, because the noise scale lr / (1 - m) assumes it"
             )
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def _number(value: float | Tensor) -> float:

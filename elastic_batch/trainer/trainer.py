@@ -26,7 +26,9 @@ from elastic_batch.trainer.assembly import (
     make_estimator,
     open_training_source,
     refuse_wrapped,
+    require_parameters,
     require_schedule,
+    require_trained_inside,
 )
 from elastic_batch.trainer.evaluation import UNNAMED, Measure, evaluate, name_of
 from elastic_batch.trainer.header import Tally
@@ -90,7 +92,7 @@ class Trainer:
             make_deterministic()
         self.model = model
         self._plain_model: nn.Module = getattr(model, "_orig_mod", model)
-        self._device = next(self._plain_model.parameters()).device
+        self._device = require_parameters(self._plain_model)[0].device
         if self._device.type == "cpu":
             keep_freed_memory()
         self._loss_fn = loss_fn
@@ -101,6 +103,7 @@ class Trainer:
             is_adaptive=self.options.adaptive_optimizer,
             momentum_correction=self.options.momentum_correction,
         )
+        require_trained_inside(self._plain_model, self._optimizer)
         convert_norms(self._plain_model, self.options)
         if self.options.compile:
             model.compile()
@@ -122,7 +125,7 @@ class Trainer:
         self._estimator = make_estimator(self.options, self.schedule)
         parts: dict[str, Stateful] = {"optimizer": self._optimizer, "scaler": self._scaler}
         self._state = SavedState(self._plain_model, parts | ({"noise": self._estimator} if self._estimator else {}))
-        what_matters = fingerprint(self.options, self.schedule, self._optimizer)
+        what_matters = fingerprint(self.options, self.schedule, self._optimizer, self._plain_model)
         self._recorder = Recorder(self.options, self.schedule, what_matters)
         self._loop: UpdateLoop | None = None
 
@@ -347,10 +350,12 @@ class Trainer:
         for batch in update:
             try:
                 loss = loss_fn(self.model, batch)
-                if isinstance(loss, tuple):
+                if not isinstance(loss, tuple):
+                    update.backward(loss)
+                elif len(loss) == 2:
                     update.backward(*loss)
                 else:
-                    update.backward(loss)
+                    raise MisusedTrainer(f"loss_fn gave {len(loss)} values; it must give a loss, or (sum, weight)")
             # Whatever it is, the others must hear of it, or they would wait for this worker in a reduction.
             except Exception as error:
                 update.fail(error)

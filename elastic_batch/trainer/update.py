@@ -99,6 +99,11 @@ class Update:
         return self.plan.stop - self.plan.start
 
     @property
+    def is_reducing(self) -> bool:
+        """Whether reductions with other workers may have begun."""
+        return self._machinery.engine.size > 1 and self._share.has_run_all
+
+    @property
     def was_skipped(self) -> bool:
         """Whether its samples were consumed without a step: after an overflow, say."""
         return self.outcome is Outcome.SKIPPED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -176,6 +177,7 @@ class Worlds:
         def collect() -> dict[str, object]:
             checkpoint = self._recorder.last_checkpoint
             return {
+                "fingerprint": dict(self._recorder.checkpoints.fingerprint),
                 "run": self._state.collect(),
                 "checkpoint": checkpoint,
                 "run_id": self._recorder.run_id,
@@ -184,8 +186,16 @@ class Worlds:
             }
 
         received = hand_over(engine, found.source, collect, wanted=wanted, device=self._device)
+        if self._membership.is_elastic:  # the others go on without a worker that cannot use it
+            self._receive(received, found.source)
+        else:
+            self._attempt(engine, lambda: self._receive(received, found.source))
+
+    def _receive(self, received: dict[str, Any] | None, source: int) -> None:
+        """Take over what the worker `source` sent, if this one has to."""
         if received is None:
             return
+        self._recorder.checkpoints.require_same_job(received["fingerprint"], f"the run of worker {source}")
         self._recorder.require_same_directory(received["run_id"])
         self._progress.origin = -1  # until all of it is in place
         self._state.restore(received["run"])
