@@ -45,5 +45,7 @@ class Machinery:
     last_checkpoint: Callable[[], str | None]
     mean_unchecked: bool
     """Whether the loss of the next micro-batch is compared with those of its halves."""
+    pass_unchecked: bool = True
+    """Whether the next pass of several micro-batches is compared with them one by one."""
     is_whole: bool = True
     """False while parameters change: a state that a failure leaves behind then belongs to no position."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,15 +14,9 @@ from elastic_batch.data import NotDivisibleError, cut
 from elastic_batch.errors import MisusedTrainer
 from elastic_batch.randomness import GeneratorState
 from elastic_batch.trainer.buffers import preserved_buffers
+from elastic_batch.trainer.gradient_comparison import GradientComparison
 
 logger = logging.getLogger(__name__)
-
-_TOLERANCE = 2e-3
-"""Relative: above what TF32 rounding does to a gradient, below what a wrong mean shows even in an untrained model."""
-_ROUNDINGS = 4
-"""The same for shorter types, in units of their rounding: 3 % in bf16, where right losses show up to 0.7 %."""
-_FP16_SCALE = 2.0**10
-"""Keeps the gradients of fp16 away from zero."""
 
 
 class MeanCheck:
@@ -38,7 +31,8 @@ class MeanCheck:
     evaluation mode; but if anything draws at random, there is a second round with all of it in evaluation mode. What
     draws even then (mixup, the noise of a diffusion model) is left alone: the parts cannot be compared.
 
-    It runs under the autocast of whoever asks for its parts, and compares as closely as that type allows.
+    It runs under the autocast of whoever asks for its parts. Hooks may change gradients as they like: where there are
+    any, nothing is compared.
 
     Args:
         model: Every module's own mode, and its buffers, are put back.
@@ -51,15 +45,13 @@ class MeanCheck:
         self._batch = batch
         self._num_samples = num_samples
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._types = {parameter.dtype for parameter in self._parameters}
         self._share = 0.0
-        self._differences: tuple[Tensor | None, ...] = (None,) * len(self._parameters)
-        self._norms: list[float] = []
+        self._comparison = GradientComparison(self._parameters)
 
     def parts(self) -> Iterator[Any]:
         """The whole batch and its halves, each to be answered by `record`; nothing if it cannot be halved."""
         half = self._num_samples // 2
-        if half == 0:
+        if half == 0 or any(parameter._backward_hooks for parameter in self._parameters):
             return
         try:
             cut(self._batch, 0, half, self._num_samples)
@@ -73,11 +65,11 @@ class MeanCheck:
             if before.is_current():
                 return
         logger.info("the loss is not compared with those of halves: it draws random numbers, for each part others")
-        self._norms = []
+        self._comparison = GradientComparison(self._parameters)
 
     def _round(self, modules: list[nn.Module], half: int) -> Iterator[Any]:
         """The parts, with these modules in evaluation mode."""
-        self._differences, self._norms = (None,) * len(self._parameters), []
+        self._comparison = GradientComparison(self._parameters)
         modes = [(module, module.training) for module in modules]
         with_cudnn = torch.backends.cudnn.enabled
         for module in modules:
@@ -106,18 +98,7 @@ class MeanCheck:
 
     def record(self, loss: Tensor) -> None:
         """Take the mean loss of the part at hand."""
-        if torch.is_autocast_enabled(loss.device.type):
-            self._types.add(torch.get_autocast_dtype(loss.device.type))
-        if torch.float16 in self._types:
-            loss = loss * _FP16_SCALE
-        try:
-            with torch.autocast(loss.device.type, enabled=False):
-                gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
-        except RuntimeError:
-            return  # reentrant checkpointing allows no such gradient; what is really wrong will show in the backward
-        sign = -1.0 if self._norms else 1.0
-        self._differences = tuple(map(_sum, self._differences, (_scaled(g, sign * self._share) for g in gradients)))
-        self._norms.append(_norm(gradients))
+        self._comparison.add(loss, self._share)
 
     def verify(self) -> None:
         """Compare.
@@ -125,12 +106,9 @@ class MeanCheck:
         Raises:
             MisusedTrainer: The whole is not the mean of its halves.
         """
-        if len(self._norms) != 3:
-            return
-        difference = _norm(self._differences) / max(*self._norms, torch.finfo(torch.float32).tiny)
-        if difference > max(_TOLERANCE, *(_ROUNDINGS * torch.finfo(kind).eps for kind in self._types)):
+        if self._comparison.num_added == 3 and (excess := self._comparison.excess()) is not None:
             raise MisusedTrainer(
-                f"the gradient of the loss over a micro-batch is {difference:.2%} away from the mean of its halves': "
+                f"the gradient of the loss over a micro-batch is {excess:.2%} away from the mean of its halves': "
                 "the loss is not a mean over samples (ignore_index, class weights or negatives from the batch do "
                 "that). Give a sum and its weight: update.backward(loss_sum, weight=...), or (loss_sum, weight) from "
                 "loss_fn, in a job file from a loss.target with takes: 'model, batch'. In a script "
@@ -141,17 +119,3 @@ class MeanCheck:
 def _is_plain(module: nn.Module) -> bool:
     # A norm counts as one though some have their activation inside.
     return isinstance(module, _BatchNorm) or next(module.children(), None) is None
-
-
-def _scaled(gradient: Tensor | None, factor: float) -> Tensor | None:
-    return None if gradient is None else gradient * factor
-
-
-def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    return first if second is None else second if first is None else first.add_(second)
-
-
-def _norm(gradients: Iterable[Tensor | None]) -> float:
-    # Those of embeddings may be sparse.
-    dense = (gradient.to_dense() for gradient in gradients if gradient is not None)
-    return math.hypot(*(float(torch.linalg.vector_norm(gradient)) for gradient in dense))

@@ -7,15 +7,18 @@ from contextlib import AbstractContextManager, contextmanager
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from elastic_batch.data import PassRequest
+from elastic_batch.data import NotDivisibleError, PassRequest, cut, duplicate
 from elastic_batch.errors import MisusedTrainer, WorldBroken
 from elastic_batch.failpoints import reach
 from elastic_batch.stream import micro_batch_seed
+from elastic_batch.trainer.buffers import preserved_buffers
 from elastic_batch.trainer.failures import Failure, Severity, is_out_of_memory, judge
 from elastic_batch.trainer.machinery import Machinery
 from elastic_batch.trainer.mean_check import MeanCheck
+from elastic_batch.trainer.pass_check import PassCheck
 from elastic_batch.trainer.plan import UpdatePlan
 from elastic_batch.trainer.stochastic import PassDraws
 
@@ -51,6 +54,7 @@ class ShareRun:
         self._is_iterated = False
         self._awaits_backward = False
         self._mean_check: MeanCheck | None = None
+        self._pass_check: PassCheck | None = None
         self._draws: PassDraws | None = None
         self.gradients = machinery.gradients.begin(alone=machinery.engine.size == 1)
         machinery.tally.begin()
@@ -79,6 +83,11 @@ class ShareRun:
                     yield from self._check_mean(batch, request)
                     if self.is_over:
                         return
+                if machinery.pass_unchecked and len(seeds) > 1:
+                    machinery.pass_unchecked = False
+                    yield from self._check_pass(batch, seeds)
+                    if self.is_over:
+                        return
                 machinery.statistics.samples_per_pass = self._num_samples(request)
                 self._awaits_backward = True
                 with self._forward(seeds):
@@ -103,13 +112,16 @@ class ShareRun:
             if weight is None:
                 self._mean_check.record(loss)
             return
+        if self._pass_check is not None:
+            self._pass_check.record(loss, weight, None if self._draws is None else self._draws.stray())
+            return
         if self.is_cut_off:
             return
         if not self._awaits_backward:
             raise MisusedTrainer("update.backward(loss) belongs inside the loop over the update, once for each batch")
         self._awaits_backward = False
         if self._draws is not None and (reason := self._draws.stray()):
-            self._end(Failure(Severity.NARROWER, f"passes have one micro-batch from here on: {reason}"))
+            self._narrow(reason)
             return
         count = self._num_samples(self._requests[self._num_done]) if weight is None else 1
         try:
@@ -120,6 +132,9 @@ class ShareRun:
             if not is_out_of_memory(error):
                 raise
             self.fail(error)
+        else:
+            if self._draws is not None and not self._draws.is_untouched():
+                self._narrow("the backward pass drew random numbers")
 
     def finish(self) -> None:
         """The user is done: see that every batch was run, and that nobody else changed a gradient or steers."""
@@ -148,6 +163,9 @@ class ShareRun:
         """The world broke: what this worker has of the update belongs to none."""
         self._awaits_backward = False
         self.is_over = self.is_cut_off = True
+
+    def _narrow(self, reason: str) -> None:
+        self._end(Failure(Severity.NARROWER, f"passes have one micro-batch from here on: {reason}"))
 
     def _end(self, failure: Failure) -> None:
         self._awaits_backward = False
@@ -215,6 +233,30 @@ class ShareRun:
             raise
         finally:
             self._mean_check = None
+
+    def _check_pass(self, batch: Any, seeds: list[int]) -> Iterator[Any]:
+        machinery, size = self._machinery, self._micro_batch_size
+        try:
+            parts = [cut(batch, i * size, (i + 1) * size, len(seeds) * size) for i in range(len(seeds))]
+        except NotDivisibleError as error:
+            self._narrow(f"they cannot be compared with a wider one, because {error}")
+            return
+        trained = [parameter for parameter in machinery.optimizer.parameters if parameter.requires_grad]
+        check = self._pass_check = PassCheck(trained, len(seeds))
+        whole_and_parts = [(duplicate(batch), seeds), *zip(parts, ([seed] for seed in seeds), strict=True)]
+        try:
+            with preserved_buffers(machinery.model), torch.compiler.set_stance("force_eager"):
+                for part, its_seeds in whole_and_parts:
+                    machinery.statistics.samples_per_pass = len(its_seeds) * size
+                    with self._forward(its_seeds):
+                        yield part
+                    if self.is_over:
+                        return
+        finally:
+            self._pass_check = None
+            machinery.statistics.begin()
+        if reason := check.obstacle():
+            self._narrow(reason)
 
     def _accumulate(self, loss: Tensor, count: int, weight: Tensor | float) -> None:
         machinery = self._machinery
