@@ -55,11 +55,14 @@ def require_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def require_trained_inside(model: nn.Module, optimizer: SteeredOptimizer) -> None:
-    """Refuse an optimizer of parameters that are not the model's: no checkpoint would have them.
+    """Refuse an optimizer that trains nothing, or parameters that are not the model's: no checkpoint would have them.
 
     Raises:
-        InvalidSetting: It has some.
+        InvalidSetting: It does.
     """
+    if not optimizer.parameters:
+        rule = "must train some of its parameters; all that the optimizer has are frozen"
+        raise InvalidSetting("model", type(model).__name__, rule, "Set requires_grad before the trainer is made")
     own = set(model.parameters())
     if outside := [tuple(parameter.shape) for parameter in optimizer.parameters if parameter not in own]:
         rule = f"must train parameters of the model only; {len(outside)} are not in it, of shape {outside[0]} for one"

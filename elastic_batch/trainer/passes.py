@@ -85,7 +85,11 @@ def settle_width(
                 (loss[0] if isinstance(loss, tuple) else loss).backward()
 
     with preserved(machinery.device), preserved_buffers(machinery.model):
-        return choose_width(prepare, widest, machinery.device)
+        try:
+            return choose_width(prepare, widest, machinery.device)
+        except Exception as error:  # a mistake in the loss or the data; an update meets it too, and tells all workers
+            logger.info("passes have one micro-batch, because measuring failed: %s", judge(error, 1).text)
+            return 1
 
 
 def width_without_measuring(

@@ -80,14 +80,6 @@ class RunCheckpoints:
         where, position = self.location or f"checkpoint {manifest.name}", manifest.position
         check_fingerprint(manifest.fingerprint, self._fingerprint_at(position), where=where, position=position)
 
-    def require_same_job(self, fingerprint: Mapping[str, Any], where: str) -> None:
-        """See that another worker's trajectory is this one's.
-
-        Raises:
-            JobDiffers: It is not; with every difference.
-        """
-        check_fingerprint(fingerprint, self.fingerprint, where=where, position=0)
-
     def open(self, generation: int) -> CheckpointStore | None:
         """The place, for a writer of a generation; None: there is none."""
         if self.location is None:

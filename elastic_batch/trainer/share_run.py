@@ -78,16 +78,9 @@ class ShareRun:
                 batch = self._fetch()
                 if self.is_over:
                     return
-                if machinery.mean_unchecked:
-                    machinery.mean_unchecked = False
-                    yield from self._check_mean(batch, request)
-                    if self.is_over:
-                        return
-                if machinery.pass_unchecked and len(seeds) > 1:
-                    machinery.pass_unchecked = False
-                    yield from self._check_pass(batch, seeds)
-                    if self.is_over:
-                        return
+                yield from self._check_first(batch, request, seeds)
+                if self.is_over:
+                    return
                 machinery.statistics.samples_per_pass = self._num_samples(request)
                 self._awaits_backward = True
                 with self._forward(seeds):
@@ -138,6 +131,7 @@ class ShareRun:
 
     def finish(self) -> None:
         """The user is done: see that every batch was run, and that nobody else changed a gradient or steers."""
+        self._machinery.statistics.samples_per_pass = None  # what else the model is given is not of the share
         if not self.is_over and self._num_done < len(self._requests):
             self.fail(MisusedTrainer("update.step() was called before every batch of the update was run"))
         if not self.is_over:
@@ -218,6 +212,16 @@ class ShareRun:
         with machinery.randomness.over(seeds, machinery.device) as self._draws, machinery.autocast.forward():
             yield
         self._draws = None
+
+    def _check_first(self, batch: Any, request: PassRequest, seeds: list[int]) -> Iterator[Any]:
+        """What a batch is before it counts: a run's first one in halves, the first wide one by its micro-batches."""
+        machinery = self._machinery
+        if machinery.mean_unchecked:
+            machinery.mean_unchecked = False
+            yield from self._check_mean(batch, request)
+        if machinery.pass_unchecked and len(seeds) > 1 and not self.is_over:
+            machinery.pass_unchecked = False
+            yield from self._check_pass(batch, seeds)
 
     def _check_mean(self, batch: Any, request: PassRequest) -> Iterator[Any]:
         machinery = self._machinery

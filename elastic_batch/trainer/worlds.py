@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from elastic_batch.checkpoint import Checkpoint
+from elastic_batch.checkpoint import Checkpoint, check_fingerprint
 from elastic_batch.engines import Engine, Membership, Standing
 from elastic_batch.errors import NoNextWorld, WorkerFailed, WorldBroken
 from elastic_batch.failpoints import reach
@@ -177,7 +177,7 @@ class Worlds:
         def collect() -> dict[str, object]:
             checkpoint = self._recorder.last_checkpoint
             return {
-                "fingerprint": dict(self._recorder.checkpoints.fingerprint),
+                "common": self._common(),
                 "run": self._state.collect(),
                 "checkpoint": checkpoint,
                 "run_id": self._recorder.run_id,
@@ -191,11 +191,22 @@ class Worlds:
         else:
             self._attempt(engine, lambda: self._receive(received, found.source))
 
+    def _common(self) -> dict[str, Any]:
+        """What all workers must have been given alike: what they train, and when they meet beside updates."""
+        options, known = self._options, self._recorder.checkpoints.fingerprint
+        return {
+            **known,
+            "length": known["end"],
+            "check_every": options.check_every,
+            "measure_noise": options.measure_noise,
+            "evaluation": (options.job or {}).get("evaluation"),
+        }
+
     def _receive(self, received: dict[str, Any] | None, source: int) -> None:
         """Take over what the worker `source` sent, if this one has to."""
         if received is None:
             return
-        self._recorder.checkpoints.require_same_job(received["fingerprint"], f"the run of worker {source}")
+        check_fingerprint(received["common"], self._common(), where=f"the run of worker {source}", position=0)
         self._recorder.require_same_directory(received["run_id"])
         self._progress.origin = -1  # until all of it is in place
         self._state.restore(received["run"])

@@ -356,3 +356,50 @@ def first_noise_sums(engine: Engine, plan: Plan) -> NoiseSums:
 def first_loss(engine: Engine, plan: Plan) -> float:
     with make_trainer(plan, FixedWorld(engine)) as trainer:
         return next(iter(trainer)).loss
+
+
+def train_with_own_options(engine: Engine, plan: Plan, own: dict[int, dict[str, Any]]) -> str:
+    """Train with options that differ by rank; return the error that ends it, or nothing."""
+    mine = replace(plan, options={**plan.options, **own.get(engine.rank, {})})
+    try:
+        train(engine, mine)
+    except ElasticBatchError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def train_in_own_order(engine: Engine, plan: Plan) -> str:
+    """Train with parameters that the optimizer has in another order on rank 1; return the error that ends it."""
+    model = plan.job.model(plan.job.dtype)
+    parameters = list(model.parameters())
+    if engine.rank == 1:
+        parameters.reverse()
+    try:
+        with Trainer(
+            model,
+            torch.optim.SGD(parameters, lr=0.1),
+            plan.job.dataset(plan.job.dtype),
+            SCHEDULE,
+            loss_fn=plan.job.loss_fn,
+            membership=FixedWorld(engine),
+            micro_batch_size=jobs.MICRO_BATCH,
+        ) as trainer:
+            run(trainer, plan)
+    except ElasticBatchError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def leave_amid_reductions(engine: Engine, plan: Plan) -> str:
+    """Leave the loop when the last batch of an update was answered, and loop again; return the error."""
+    with make_trainer(plan, FixedWorld(engine)) as trainer:
+        for update in trainer.updates():
+            for batch in update:
+                loss = plan.job.loss_fn(trainer.model, batch)
+                update.backward(*loss) if isinstance(loss, tuple) else update.backward(loss)
+            break
+        try:
+            next(iter(trainer.updates()))
+        except ElasticBatchError as error:
+            return f"{type(error).__name__}: {error}"
+    return ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -167,11 +169,18 @@ def test_a_guard_that_nobody_closed_gives_way_to_the_next() -> None:
     optimizer.step()
 
 
+class _StepsWithClosure(torch.optim.Optimizer):
+    def step(self, closure: Callable[[], float]) -> float:  # type: ignore[override]
+        return closure()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: [torch.optim.SGD([_parameter()], lr=0.1)] * 2, "must be one optimizer"),
         (lambda: torch.optim.LBFGS([_parameter()]), "without a closure"),
+        (lambda: _StepsWithClosure([_parameter()], {}), "without a closure"),
+        (lambda: torch.optim.SparseAdam([_parameter()]), "must take dense gradients"),
         (lambda: torch.optim.SGD([_parameter()], lr=0.1, momentum=0.9, dampening=0.1), "dampening = 0.1: must be 0"),
         (lambda: torch.optim.SGD([nn.Parameter(torch.ones(1, dtype=torch.complex64))]), "must train real numbers"),
         (lambda: "sgd", "must be a torch.optim.Optimizer"),

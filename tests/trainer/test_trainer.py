@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,10 @@ import numpy as np
 import pytest
 import torch
 from support import training
-from support.jobs import END, NUM_SAMPLES, TOKENS, TokenModel, sgd
+from support.jobs import END, NUM_SAMPLES, TOKENS, TokenModel
 from support.reference import largest_difference
 from support.training import Plan, make_trainer
 from support.worlds import run_world
-from torch import nn
-from torch.nn.parallel import DataParallel
-from torch.utils.data import IterableDataset
 
 from elastic_batch import EMA, Trainer
 from elastic_batch.checkpoint import CheckpointStore
@@ -32,7 +29,6 @@ from elastic_batch.errors import (
     MisusedTrainer,
     NonFinite,
     RunDirectoryUsed,
-    UnknownName,
     UnsavableState,
 )
 
@@ -192,7 +188,7 @@ def test_fp16_gradients_that_are_never_finite_stop_the_run() -> None:
 @pytest.mark.parametrize(
     ("weight", "error", "message"),
     [
-        (math.nan, NonFinite, "the weight of update 0 is not finite"),
+        (math.nan, NonFinite, "the weight of update 0 is not finite.*Look at what is given as weight"),
         (math.inf, NonFinite, "the weight of update 0 is not finite"),
         (-1.0, MisusedTrainer, "the weights of update 0 sum to -4"),
     ],
@@ -355,126 +351,3 @@ def test_another_run_s_checkpoints_are_not_written_over(tmp_path: Path) -> None:
     for directory, refused in (("a", nullcontext()), ("b", pytest.raises(RunDirectoryUsed, match="common"))):
         with _trainer(run_dir=tmp_path / directory, checkpoint_location=tmp_path / "common") as trainer, refused:
             next(_losing_loop(trainer))
-
-
-def _direct_backward(trainer: Trainer) -> None:
-    for update in trainer.updates():
-        for batch in update:
-            TOKENS.loss_fn(trainer.model, batch)[0].backward()
-
-
-def _cleared_gradients(trainer: Trainer) -> None:
-    for update in trainer.updates():
-        for batch in update:
-            update.backward(*TOKENS.loss_fn(trainer.model, batch))
-        trainer.model.zero_grad()
-        update.step()
-
-
-def _no_step(trainer: Trainer) -> None:
-    for update in trainer.updates():
-        for batch in update:
-            update.backward(*TOKENS.loss_fn(trainer.model, batch))
-
-
-def _two_steps(trainer: Trainer) -> None:
-    for update in trainer.updates():
-        for batch in update:
-            update.backward(*TOKENS.loss_fn(trainer.model, batch))
-        update.step()
-        update.step()
-
-
-def _no_backward(trainer: Trainer) -> None:
-    for update in trainer.updates():
-        for batch in update:
-            TOKENS.loss_fn(trainer.model, batch)
-        update.step()
-
-
-def _twice_over_the_batches(trainer: Trainer) -> None:
-    for update in trainer.updates():
-        for _ in range(2):
-            for batch in update:
-                update.backward(*TOKENS.loss_fn(trainer.model, batch))
-        update.step()
-
-
-def _step_too_early(trainer: Trainer) -> None:
-    for update in trainer.updates():
-        for batch in update:
-            update.backward(*TOKENS.loss_fn(trainer.model, batch))
-            break
-        update.step()
-
-
-def _vector_loss(trainer: Trainer) -> None:
-    for update in trainer.updates():
-        for batch in update:
-            update.backward(trainer.model(batch["tokens"]).mean(dim=0))
-
-
-def _own_learning_rate(trainer: Trainer) -> None:
-    for _ in _losing_loop(trainer):
-        trainer._optimizer.optimizer.param_groups[0]["lr"] *= 0.1
-
-
-def _own_step(trainer: Trainer) -> None:
-    for _ in _losing_loop(trainer):
-        trainer._optimizer.optimizer.step()
-
-
-@pytest.mark.parametrize(
-    ("mistake", "message"),
-    [
-        (_direct_backward, r"call update.backward\(loss\)"),
-        (_cleared_gradients, r"model.zero_grad\(\)"),
-        (_no_step, r"update.step\(\) was not called"),
-        (_two_steps, r"update.step\(\) was called twice"),
-        (_no_backward, r"a batch got no update.backward\(loss\)"),
-        (_twice_over_the_batches, "loop over it once"),
-        (_step_too_early, "before every batch of the update was run"),
-        (_vector_loss, r"the loss has shape \(7, 20\); it must be one number"),
-        (_own_learning_rate, r"remove scheduler.step\(\)"),
-        (_own_step, r"optimizer.step\(\) was called directly"),
-        (list, "needs loss_fn"),
-    ],
-)
-def test_mistakes_in_the_loop_are_caught(mistake: Callable[[Trainer], Any], message: str) -> None:
-    with _trainer(check_loss=False) as trainer, pytest.raises(MisusedTrainer, match=message):
-        mistake(trainer)
-
-
-class _Endless(IterableDataset[Any]):
-    def __iter__(self) -> Iterator[int]:
-        return iter([1])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"model": DataParallel(nn.Linear(1, 1))}, "must be the bare model"),
-        ({"train_set": _Endless()}, "must be a map-style data set"),
-        ({"micro_batch_size": 0}, "micro_batch_size = 0: must be a whole number, at least 1"),
-        ({"micro_batch_size": 5}, "32.*must be a multiple of.*5|must be"),
-        ({"ghost_batch_size": 3}, "ghost_batch_size = 3: must divide micro_batch_size = 4"),
-        ({"precision": "fp8"}, "must be float32, bf16 or fp16"),
-        ({"max_grad_norm": 0.0}, "must be a number above 0"),
-        ({"resume": "auto"}, "needs a place for checkpoints"),
-        ({"checkpoint_every": "0ep"}, "checkpoint_every = '0ep': must be above 0"),
-        ({"momentum": 0.5}, "optimizer.momentum = 0.5: must be the optimizer's own, 0.9"),
-        ({"loss_fn": 3}, "loss_fn = 3: must be a function"),
-        ({"momentum": 1.0}, "momentum = 1.0: must be from 0 to below 1"),
-    ],
-)
-def test_what_cannot_be_trained_is_refused(change: dict[str, Any], message: str) -> None:
-    model = change.pop("model", None) or TokenModel(torch.float64)
-    train_set = change.pop("train_set", None) or TOKENS.dataset(torch.float64)
-    options = {"micro_batch_size": 4, **change}
-    with pytest.raises(InvalidSetting, match=message):
-        Trainer(model, sgd(model), train_set, training.SCHEDULE, **options).start()
-
-
-def test_an_unknown_argument_is_refused_with_the_nearest_known_one() -> None:
-    with pytest.raises(UnknownName, match="Did you mean 'micro_batch_size'"):
-        _trainer(microbatch_size=4)
