@@ -17,6 +17,7 @@ from elastic_batch.errors import (
     ElasticBatchError,
     InvalidSetting,
     JobDiffers,
+    LeftWorld,
     PackageMissing,
     Refusal,
     RunDirectoryBusy,
@@ -117,6 +118,11 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         return EXIT_INTERRUPTED
+    except LeftWorld:
+        raise
+    except SystemExit as error:
+        click.echo(f"Error: code that the job names has ended the program: sys.exit({error.code!r})", err=True)
+        return EXIT_FAILED
     except BrokenPipeError:
         # Whoever read the output has seen enough (`| head`); without this Python complains when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

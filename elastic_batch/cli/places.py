@@ -39,12 +39,14 @@ def require_file(setting: str, path: str | Path, rule: str) -> None:
 
 
 def check_resume(resume: str) -> None:
-    """Refuse a misspelt word; whether there is a checkpoint at a path is seen when it is read.
+    """Refuse a misspelt word, or none; whether there is a checkpoint at a path is seen when it is read.
 
     Raises:
-        InvalidSetting: It is nearly `auto` or `never`, and no path.
+        InvalidSetting: It is nearly `auto` or `never`, and no path. Or it is empty.
     """
+    rule = "must be auto, never, or the path of a checkpoint or run"
+    if not resume:
+        raise InvalidSetting("--resume", resume, rule)
     nearest = get_close_matches(resume, _WORDS, n=1)
     if resume not in _WORDS and nearest and os.sep not in resume and not Path(resume).exists():
-        rule = "must be auto, never, or the path of a checkpoint or run"
         raise InvalidSetting("--resume", resume, rule, f"Did you mean {nearest[0]!r}?")

@@ -77,9 +77,11 @@ def command(
     )
     planned = plan_job(job)  # what cannot run fails here, before torch is loaded
     directory = run_dir or str(Path("runs") / (f"{job.name}-{strategy}" if strategy else job.name))
-    how_to_resume = resume or ("auto" if invocation.was_restarted else "never")
+    how_to_resume = ("auto" if invocation.was_restarted else "never") if resume is None else resume
     listening = Listening(host=host, port=port, token_file=token_file, tls_cert=tls_cert, tls_key=tls_key)
     _check_places(invocation, directory, how_to_resume)
+    if init_from == "":
+        raise InvalidSetting("--init-from", init_from, "must be the path of weights")
     if workers is not None:
         return train_on_workers(invocation, job, directory, how_to_resume, workers, listening, as_json)
     _refuse_listening(listening)

@@ -70,10 +70,13 @@ def draw_noise(axes: Axes, groups: Sequence[Group]) -> None:
 
 def draw_loss(axes: Axes, groups: Sequence[Group], abscissa: Abscissa = "epoch") -> None:
     """The training loss, averaged over short stretches."""
-    _draw_curves(axes, [(binned(group, "loss"), group, style) for group, style in styled(groups)], abscissa)
-    axes.set_yscale("log")
+    curves = [(binned(group, "loss"), group, style) for group, style in styled(groups)]
+    _draw_curves(axes, curves, abscissa)
     axes.set_ylabel("training loss")
-    _tidy_log(axes)
+    values = np.concatenate([curve.mean for curve, _, _ in curves])
+    if np.isfinite(values).any() and not (values <= 0).any():  # a likelihood's may be negative
+        axes.set_yscale("log")
+        _tidy_log(axes)
 
 
 def draw_metric(axes: Axes, groups: Sequence[Group], metric: str, abscissa: Abscissa = "epoch") -> None:
@@ -82,6 +85,7 @@ def draw_metric(axes: Axes, groups: Sequence[Group], metric: str, abscissa: Absc
     _draw_curves(axes, curves, abscissa)
     axes.set_ylabel(f"test {metric}")
     values = np.concatenate([curve.mean for curve, _, _ in curves])
+    values = values[np.isfinite(values)]
     if metric != "accuracy" or not values.size:
         return
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))

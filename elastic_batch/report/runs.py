@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from elastic_batch.errors import RunDirectoryMissing
+from elastic_batch.errors import InvalidSetting, RunDirectoryMissing
 from elastic_batch.report.settings import FIRST_VALUES, Settings, settings_of, task_of, tell_apart
-from elastic_batch.rundir import has_updates, read_evaluations, read_job, read_metrics, read_summary
+from elastic_batch.rundir import has_updates, is_used, read_evaluations, read_job, read_metrics, read_summary
 
 Column = NDArray[np.float64]
 
@@ -137,13 +137,16 @@ def find_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Run directories, each once, named itself or by the directory that it lies in.
 
     Raises:
-        RunDirectoryMissing: A path holds no run with at least one update.
+        RunDirectoryMissing: A path holds no run.
+        InvalidSetting: It holds one that has no update on record.
     """
     found: dict[Path, Path] = {}
     for path in map(Path, paths):
         inside = sorted(path.iterdir()) if path.is_dir() else []
         runs = [path] if has_updates(path) else [candidate for candidate in inside if has_updates(candidate)]
         if not runs:
+            if is_used(path):
+                raise InvalidSetting("RUN", str(path), "must have an update on record, in metrics.jsonl")
             raise RunDirectoryMissing(str(path))
         for run in runs:
             found.setdefault(run.resolve(), run)
@@ -172,7 +175,7 @@ def load_run(path: Path) -> Run:
         updates=updates,
         evaluations=_columns(flat, ("update", "epoch", *metrics)),
         baseline_updates=summary.get("baseline_updates"),
-        is_finished=bool(summary.get("finished")),
+        is_finished=bool(summary.get("finished")) and updates["update"][-1] == summary.get("updates"),
         settings=settings_of(job if planned else {**job, **_first_values(updates)}),
     )
 

@@ -50,6 +50,7 @@ class LineWriter:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         self._waiting = bytearray(_mend_end(self._descriptor))
         self._num_dropped = 0
+        self._is_gone = False
         self._flushed_at = self._complained_at = -float("inf")
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -75,6 +76,7 @@ class LineWriter:
             os.fsync(self._descriptor)
         except OSError as error:
             self._complain(error)
+        self._look_for_file()
 
     def close(self) -> None:
         """Write what waits and close the file."""
@@ -98,6 +100,19 @@ class LineWriter:
                 del self._waiting[: os.write(self._descriptor, self._waiting)]
         except OSError as error:
             self._complain(error)
+
+    def _look_for_file(self) -> None:
+        """Say so once if somebody has removed the file, or moved it away: lines still go there."""
+        if self._is_gone:
+            return
+        try:
+            self._is_gone = not os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
+        except FileNotFoundError:
+            self._is_gone = True
+        except OSError:  # a disk that fails is not a file that is gone
+            return
+        if self._is_gone:
+            logger.error("%s was removed or moved while it was written to; its lines are not there", self._path)
 
     def _complain(self, error: OSError) -> None:
         if self._clock() - self._complained_at < 60:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pydantic import Field
 from elastic_batch.errors import InvalidSetting, UnknownName
 from elastic_batch.noise import NoiseForm
 from elastic_batch.schedule.batches import ConvertedBatch, Rule, Trade
-from elastic_batch.schedule.curves import Span
+from elastic_batch.schedule.curves import Span, ends_of
 from elastic_batch.schedule.durations import Duration
 from elastic_batch.schedule.lengths import Lengths
 from elastic_batch.schedule.resolved import Phase, Schedule
@@ -176,8 +175,7 @@ def from_function(
 
 
 def _convert(spans: list[Span], trade: Trade, momentum: float, growth_only: bool) -> tuple[Phase, ...]:
-    ends = [(span.curve.value(span.start), span.curve.value(span.stop - 1)) for span in spans]
-    _check_rates(ends)
+    ends = ends_of(spans)
     highest = [max(pair) for pair in ends]
     peak = max(highest)
     first_of_peak = highest.index(peak)
@@ -192,11 +190,3 @@ def _convert(spans: list[Span], trade: Trade, momentum: float, growth_only: bool
         phases.append(Phase(span.start, span.stop, span.curve, batch, momentum))
         floor = max(floor, first, last)
     return tuple(reversed(phases))
-
-
-def _check_rates(ends: list[tuple[float, float]]) -> None:
-    for first, last in ends:
-        if not (0 <= first < math.inf and 0 <= last < math.inf):
-            raise InvalidSetting("schedule", (first, last), "learning rates must be finite and not negative")
-    if not any(first or last for first, last in ends):
-        raise InvalidSetting("schedule", 0.0, "the learning rate is 0 throughout", "Begin with a schedule that trains")

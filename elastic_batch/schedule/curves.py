@@ -9,8 +9,11 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
+
+from elastic_batch.errors import InvalidSetting
 
 
 class Curve(Protocol):
@@ -39,6 +42,21 @@ class Span:
     start: int
     stop: int
     curve: Curve
+
+
+def ends_of(spans: Iterable[Span]) -> list[tuple[float, float]]:
+    """The learning rates that spans begin and end with; between these they never turn.
+
+    Raises:
+        InvalidSetting: One is negative or not finite, or all are 0.
+    """
+    ends = [(span.curve.value(span.start), span.curve.value(span.stop - 1)) for span in spans]
+    for first, last in ends:
+        if not (0 <= first < math.inf and 0 <= last < math.inf):
+            raise InvalidSetting("schedule", (first, last), "learning rates must be finite and not negative")
+    if not any(first or last for first, last in ends):
+        raise InvalidSetting("schedule", 0.0, "the learning rate is 0 throughout", "Begin with a schedule that trains")
+    return ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +115,10 @@ class Exponential(_Formula):
     period: float
 
     def value(self, position: int) -> float:
-        return float(self.first * self.gamma ** ((position - self.start) / self.period))
+        try:
+            return float(self.first * self.gamma ** ((position - self.start) / self.period))
+        except OverflowError:
+            return math.inf
 
     def until(self, position: int) -> float:
         return position + 1

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from elastic_batch.errors import InvalidSetting
 from elastic_batch.schedule.batches import Batch, Scaling
-from elastic_batch.schedule.curves import Span
+from elastic_batch.schedule.curves import Span, ends_of
 from elastic_batch.schedule.durations import Duration
 from elastic_batch.schedule.lengths import Lengths
 from elastic_batch.schedule.resolved import Phase, Schedule
@@ -87,7 +87,9 @@ class GivenBatchSettings(ScheduleSettings):
 
     def _spans(self, lengths: Lengths, learning_rate: float) -> list[Span]:
         warmup = self.warmup_spans(lengths, learning_rate)
-        return warmup + self.shape.spans(Frame(warmup[-1].stop if warmup else 0, lengths, learning_rate))
+        spans = warmup + self.shape.spans(Frame(warmup[-1].stop if warmup else 0, lengths, learning_rate))
+        ends_of(spans)  # refuses rates that no optimizer takes
+        return spans
 
     def check_size(self, batch: int, context: ScheduleContext, field: str) -> None:
         """See that a batch is possible.

@@ -30,6 +30,8 @@ from elastic_batch.schedule.tables import table_spans
 
 Factor = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Gamma = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_MOST_STEPS = 100_000
+"""Each is a phase, held in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,9 @@ class StepShape(Shape):
     def spans(self, frame: Frame) -> list[Span]:
         period = frame.lengths.period(self.every, "schedule.shape.every")
         count = math.ceil((frame.lengths.total - frame.start) / period) - 1
+        if count > _MOST_STEPS:
+            rule = f"must not make more than {_MOST_STEPS} steps; these are {count}"
+            raise InvalidSetting("schedule.shape.every", str(self.every), rule, "Use exponential, which has no steps")
         breaks = [frame.start + math.ceil(period * k) for k in range(1, count + 1)]
         return frame.follow(breaks, _steps(frame.learning_rate, self.gamma, count))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +21,11 @@ from elastic_batch.trainer.outlets import Outlets, Report
 from elastic_batch.trainer.run_checkpoints import RunCheckpoints
 from elastic_batch.trainer.saving import Saver
 from elastic_batch.trainer.update import Update
+
+logger = logging.getLogger(__name__)
+
+_FIRST_WARNING = 10
+"""More updates in a row than a loss scale that is much too high has skipped."""
 
 Collect = Callable[[], dict[str, Any]]
 
@@ -62,6 +68,7 @@ class LeadRecords:
         self._checkpoints = checkpoints
         self._known_checkpoint = known_checkpoint
         self._started_at = 0.0
+        self._num_skipped, self._warn_at = 0, _FIRST_WARNING
         self._ending: dict[str, Any] = {}
         store, interval = checkpoints.open(generation), checkpoints.interval
         self._outlets = Outlets(options, goes_on=goes_on, report=report)
@@ -131,7 +138,23 @@ class LeadRecords:
             "time": time.time(),
         }
         self._outlets.update(record, commit)
+        self._warn_of_skips(update)
         return record
+
+    def _warn_of_skips(self, update: Update) -> None:
+        """Say so when nothing is learned any more: after so many skipped updates in a row, and each ten times that."""
+        if not update.was_skipped:
+            self._num_skipped, self._warn_at = 0, _FIRST_WARNING
+            return
+        self._num_skipped += 1
+        if self._num_skipped == self._warn_at:
+            self._warn_at *= 10
+            logger.warning(
+                "the last %d updates were skipped, up to update %d: losses or gradients are not finite, or nothing in "
+                "the batches counts",
+                self._num_skipped,
+                update.index,
+            )
 
     def evaluation(self, metrics: Mapping[str, float], position: int, num_updates: int) -> None:
         """Record what an evaluation found; the summary has the last one's."""

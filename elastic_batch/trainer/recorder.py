@@ -109,14 +109,18 @@ class Recorder:
         if self._hold is None and self._options.run_dir is not None:
             self._hold = Hold(Path(self._options.run_dir))
 
-    def resume(self, checkpoint: Checkpoint) -> None:
+    def resume(self, checkpoint: Checkpoint, where: str) -> None:
         """Go on from a checkpoint of this job.
 
+        Args:
+            checkpoint: The checkpoint.
+            where: Its place, for the message.
+
         Raises:
-            JobDiffers: It is another job's; with every difference.
+            JobDiffers: It is another job's; with every difference. Or another job's run is in the run directory.
             InvalidSetting: The job now ends before the checkpoint's position.
         """
-        self.checkpoints.require_own(checkpoint.manifest)
+        self.checkpoints.require_own(checkpoint.manifest, where)
         self._resumed_from = checkpoint.manifest
         self._known_checkpoint = checkpoint.manifest.name
 

@@ -70,14 +70,25 @@ class RunCheckpoints:
                 os.fspath(self._options.checkpoint_location or self._options.run_dir or self.location)
             )
 
-    def require_own(self, manifest: Manifest) -> None:
-        """See that a checkpoint is one of this job.
+    def require_own(self, manifest: Manifest, where: str) -> None:
+        """See that a checkpoint is one of this job, and that no other job's run is in the place.
+
+        Args:
+            manifest: The checkpoint's.
+            where: Its own place, for the message.
 
         Raises:
-            JobDiffers: It is another job's; with every difference.
+            JobDiffers: It is another job's; with every difference. Or that is what the place holds.
             InvalidSetting: The job now ends before the checkpoint's position.
+            OSError: The place cannot be read.
         """
-        where, position = self.location or f"checkpoint {manifest.name}", manifest.position
+        self._require_same_job(manifest, where)
+        present = [] if self.location is None else CheckpointStore(self.location).manifests()
+        if present and manifest not in present:
+            self._require_same_job(present[0], str(self.location))
+
+    def _require_same_job(self, manifest: Manifest, where: str) -> None:
+        position = manifest.position
         check_fingerprint(manifest.fingerprint, self._fingerprint_at(position), where=where, position=position)
 
     def open(self, generation: int) -> CheckpointStore | None:

@@ -158,7 +158,7 @@ class Worlds:
         checkpoint: Checkpoint | None = find_checkpoint(resume, checkpoints.location)
         progress = self._progress
         if checkpoint is not None:
-            recorder.resume(checkpoint)
+            recorder.resume(checkpoint, str(checkpoints.location) if resume == "auto" else resume)
             self._state.restore(checkpoint.state)
             progress.position, progress.num_updates = checkpoint.manifest.position, checkpoint.manifest.update
             logger.info(

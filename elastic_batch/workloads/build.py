@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from elastic_batch.checkpoint import read_weights
+from elastic_batch.data import count_samples
 from elastic_batch.errors import CheckpointDamaged, InvalidSetting
 from elastic_batch.job import DataSettings, Job
 from elastic_batch.telemetry import Logger
@@ -142,7 +143,7 @@ def _trainer_options(job: Job) -> dict[str, Any]:
 
 
 def _check_num_samples(data: Dataset[Any], planned: int) -> None:
-    found = len(cast(Sized, data))
+    found = count_samples(data, "data.target")
     if found != planned:
         remedy = f"Set data.num_samples: {found}, and look at the plan again"
         raise InvalidSetting("data.num_samples", planned, f"the training set holds {found} samples", remedy)

@@ -23,8 +23,9 @@ def load_data_target(settings: DataSettings) -> DataSets:
     if isinstance(found, DataSets):
         return found
     training, evaluation = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
-    for data in (training, evaluation):
-        _check_map_style(settings.target, data)
+    _check_map_style(settings.target, training)
+    if evaluation is not None:
+        _check_map_style(settings.target, evaluation)
     return DataSets(training=training, evaluation=evaluation)
 
 
@@ -32,5 +33,6 @@ def _check_map_style(target: str, data: Any) -> None:
     rule = "must give a map-style data set, or a pair of them (training, test)"
     if isinstance(data, IterableDataset):
         raise InvalidSetting("data.target", target, rule, "An IterableDataset has no order that a seed could fix")
-    if data is not None and not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-        raise InvalidSetting("data.target", target, f"{rule}; it gave {type(data).__name__}")
+    if isinstance(data, str | tuple) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        gave = f"{len(data)} values" if isinstance(data, tuple) else type(data).__name__
+        raise InvalidSetting("data.target", target, f"{rule}; it gave {gave}")

@@ -41,7 +41,7 @@ class OutputLoss:
         self.function = function
 
     def __call__(self, model: nn.Module, batch: Any) -> Any:
-        inputs, targets = batch
+        inputs, targets = _pair(batch)
         return self.function(model(inputs), targets)
 
 
@@ -62,12 +62,24 @@ class Judge:
         batch = self.transform(batch) if self.transform else batch
         if not isinstance(self.loss, OutputLoss):
             return {"loss": _as_sum(self.loss(model, batch), batch)}
-        inputs, targets = batch
+        inputs, targets = _pair(batch)
         outputs = model(inputs)
         metrics = {"loss": _as_sum(self.loss.function(outputs, targets), batch)}
         if _are_labels(outputs, targets):
             metrics["accuracy"] = ((outputs.argmax(1) == targets).sum(), float(len(targets)))
         return metrics
+
+
+def _pair(batch: Any) -> tuple[Any, Any]:
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    given = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
+    raise InvalidSetting(
+        "data",
+        f"samples of {given}",
+        "must be pairs of input and target for this loss",
+        'Give a loss of your own that takes them as they are: loss.target, with loss.takes: "model, batch"',
+    )
 
 
 def _as_sum(loss: Any, batch: Any) -> tuple[Tensor, float]:

@@ -7,8 +7,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from elastic_batch.errors import InvalidSetting
 from elastic_batch.job import AdamSettings, AdamWSettings, OptimizerSettings, SGDSettings, TargetOptimizerSettings
-from elastic_batch.workloads.targets import call_with_args, load_target
+from elastic_batch.workloads.targets import call_target
 
 
 def build_optimizer(settings: OptimizerSettings, model: nn.Module) -> torch.optim.Optimizer:
@@ -18,10 +19,10 @@ def build_optimizer(settings: OptimizerSettings, model: nn.Module) -> torch.opti
         InvalidSetting: The target cannot be had, or refuses its arguments.
     """
     if isinstance(settings, TargetOptimizerSettings):
-        function = load_target("optimizer.target", settings.target)
-        optimizer = call_with_args(
-            "optimizer.args", function, settings.args, model.parameters(), lr=settings.learning_rate
+        optimizer = call_target(
+            "optimizer.target", settings.target, settings.args, model.parameters(), lr=settings.learning_rate
         )
+        _require_rate(settings, optimizer)
         return cast(torch.optim.Optimizer, optimizer)
     groups = _parameter_groups(model, settings)
     if isinstance(settings, SGDSettings):
@@ -30,6 +31,15 @@ def build_optimizer(settings: OptimizerSettings, model: nn.Module) -> torch.opti
         )
     kind = torch.optim.AdamW if isinstance(settings, AdamWSettings) else torch.optim.Adam
     return kind(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
+
+
+def _require_rate(settings: TargetOptimizerSettings, optimizer: Any) -> None:
+    """See that what was planned is what is trained; the trainer refuses what is no optimizer."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        rate, wanted = float(optimizer.param_groups[0]["lr"]), settings.learning_rate
+        if rate != wanted:
+            rule = f"must be what the optimizer's first parameter group has, {rate:g}: it is what the schedule scales"
+            raise InvalidSetting("optimizer.learning_rate", wanted, rule)
 
 
 def _parameter_groups(model: nn.Module, settings: SGDSettings | AdamSettings | AdamWSettings) -> list[dict[str, Any]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -41,14 +42,16 @@ def load_target(field: str, target: str) -> Any:
     return found
 
 
-def call_target(field: str, target: str, args: Mapping[str, Any], *positional: Any) -> Any:
+def call_target(field: str, target: str, args: Mapping[str, Any], *positional: Any, **fixed: Any) -> Any:
     """Call what a target names with its `args`.
 
     Raises:
         InvalidSetting: It cannot be imported, or cannot be called with these arguments.
     """
     function = load_target(field, target)
-    return call_with_args(field.rpartition(".")[0] + ".args", function, args, *positional)
+    if not callable(function):
+        raise InvalidSetting(field, target, f"must name a function or a class; it is a {type(function).__name__}")
+    return call_with_args(field.rpartition(".")[0] + ".args", function, args, *positional, **fixed)
 
 
 def call_with_args(field: str, function: Any, args: Mapping[str, Any], *positional: Any, **fixed: Any) -> Any:
@@ -57,7 +60,23 @@ def call_with_args(field: str, function: Any, args: Mapping[str, Any], *position
     Raises:
         InvalidSetting: It does not take such arguments.
     """
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    given = {**fixed, **args}
     try:
-        return function(*positional, **{**fixed, **args})
+        _bind(function, positional, given)
+    except TypeError as error:
+        raise InvalidSetting(field, dict(args), f"{name} refuses them: {error}") from error
+    try:
+        return function(*positional, **given)
     except (TypeError, ValueError) as error:
-        raise InvalidSetting(field, dict(args), f"{function.__qualname__} refuses them: {error}") from error
+        if not args:
+            raise  # of the function's own making
+        raise InvalidSetting(field, dict(args), f"{name} refuses them: {error}") from error
+
+
+def _bind(function: Any, positional: Sequence[Any], given: Mapping[str, Any]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # of a builtin that does not tell
+        return
+    signature.bind(*positional, **given)

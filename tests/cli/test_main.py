@@ -14,6 +14,7 @@ from elastic_batch.errors import (
     ElasticBatchError,
     InvalidSetting,
     JobDiffers,
+    LeftWorld,
     Refusal,
     RunDirectoryMissing,
     RunDirectoryUsed,
@@ -53,6 +54,8 @@ def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "none.yaml"], "no such file"),
         (["train", "digits", "--log", "foo"], "--log = 'foo': must be one of mlflow, tensorboard, wandb"),
         (["train", "digits", "--metrics-port", "-1"], "--metrics-port = -1: must be greater than"),
+        (["train", "digits", "--resume", ""], "--resume = '': must be auto, never, or the path"),
+        (["train", "digits", "--init-from", ""], "--init-from = '': must be the path of weights"),
         (["plan", "digits", "--seed", "-1"], "--seed = -1: must be greater than or equal to 0"),
         (["plan", "digits", "--set", "seed=["], "--set seed = '[': is not valid YAML"),
         (["plan", "/tmp"], "job file = '/tmp': must be a file, and this is a directory"),
@@ -80,6 +83,7 @@ def test_a_wrong_command_line_is_one_message_and_exit_code_2(
         (Refusal("the worker runs another version"), 2),
         (PermissionError("cannot write there"), 1),
         (KeyboardInterrupt(), 130),
+        (SystemExit(0), 1),
     ],
 )
 def test_errors_become_a_message_and_a_code(
@@ -90,7 +94,8 @@ def test_errors_become_a_message_and_a_code(
 
     monkeypatch.setattr(main_module.root, "main", fail)
     assert main([], {}) == code
-    assert (str(raised) or "Interrupted") in capsys.readouterr().err
+    words = "sys.exit(0)" if isinstance(raised, SystemExit) else str(raised) or "Interrupted"
+    assert words in capsys.readouterr().err
 
 
 def test_the_message_of_another_worker_than_the_first_says_whose_it_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,3 +129,14 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
         ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.stdout, done.stderr, done.returncode) == ("{\n", "", 0)
+
+
+def test_a_worker_that_left_ends_with_the_code_of_that() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+
+        def leave(*_: object, **__: object) -> None:
+            raise LeftWorld("told to", job_is_complete=False)
+
+        patch.setattr(main_module.root, "main", leave)
+        with pytest.raises(LeftWorld):
+            main([], {})

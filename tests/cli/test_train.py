@@ -170,6 +170,21 @@ def test_another_job_is_not_resumed(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "job.schedule.milestones: ['64sp', '128sp'] there, ['64sp', '160sp'] now" in err
 
 
+def test_another_jobs_checkpoint_is_not_taken_and_none_goes_on_among_another_jobs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    train(capsys, *SMALL, "--run-dir", first)
+    train(capsys, *SMALL, "--run-dir", second, "--seed", "7")
+    before = {path: path.read_bytes() for path in Path(first).rglob("*") if path.is_file()}
+    _, err = train(capsys, *SMALL, "--run-dir", str(tmp_path / "new"), "--resume", second, code=2)
+    assert f"{second} belongs to another job (seed: 7 there, 0 now)" in err
+    _, err = train(capsys, *SMALL, "--run-dir", first, "--resume", second, "--seed", "7", code=2)
+    assert f"{first}/checkpoints belongs to another job (seed: 0 there, 7 now)" in err
+    assert {path: path.read_bytes() for path in Path(first).rglob("*") if path.is_file()} == before
+    train(capsys, *SMALL, "--run-dir", second, "--resume", second, "--seed", "7")
+
+
 def test_a_job_that_cannot_run_fails_before_anything_is_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

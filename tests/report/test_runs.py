@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastic_batch.errors import RunDirectoryMissing
+from elastic_batch.errors import InvalidSetting, RunDirectoryMissing
 from elastic_batch.report.runs import Group, Run, baseline_of, find_runs, group_runs, load_run
 
 MakeRun = Callable[..., Path]
@@ -131,10 +131,17 @@ def test_runs_are_found_by_themselves_and_in_what_holds_them(nine_runs: Path, tm
 
 def test_a_run_without_updates_is_none(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "evaluation", "update": 0, "metrics": {}}) + "\n")
-    with pytest.raises(RunDirectoryMissing):
+    with pytest.raises(InvalidSetting, match="must have an update on record"):
         find_runs([tmp_path])
     with pytest.raises(RunDirectoryMissing):
         load_run(tmp_path)
+
+
+def test_a_run_whose_log_was_cut_is_not_finished(make_run: MakeRun, tmp_path: Path) -> None:
+    log = make_run(tmp_path / "run", "decay-lr", 1) / "metrics.jsonl"
+    assert load_run(tmp_path / "run").is_finished
+    log.write_text("".join(line + "\n" for line in log.read_text().splitlines()[:1000]))
+    assert not load_run(tmp_path / "run").is_finished
 
 
 def test_a_run_that_is_named_twice_counts_once(make_run: MakeRun, tmp_path: Path) -> None:

@@ -124,3 +124,18 @@ def test_without_matplotlib_the_error_names_the_extra(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(PackageMissing, match=r"pip install 'elastic-batch\[report\]'"):
         write_report([nine_runs], tmp_path)
+
+
+@pytest.mark.parametrize("losses", [(-1.0, -2.0), (0.5, -0.5), (None, None)])
+def test_losses_may_be_negative_or_not_known(losses: tuple[float | None, ...], tmp_path: Path) -> None:
+    with RunDirectory.create(tmp_path / "run", {"name": "likelihood"}) as run:
+        for update, loss in enumerate(losses, 1):
+            run.record(
+                {
+                    "kind": "update", "update": update, "position": 32 * update, "epoch": update / 10, "phase": 0,
+                    "global_batch_size": 32, "learning_rate": 0.1, "momentum": 0.9, "noise_scale": 10.0,
+                    "measured_noise_scale": None, "loss": loss, "seconds": 0.5,
+                }
+            )  # fmt: skip
+    files = write_report([run.path], tmp_path / "report").files
+    assert {"loss.png", "overview.png"} <= {path.name for path in files}

@@ -144,3 +144,18 @@ def test_a_disk_that_cannot_sync_is_told(
         writer.append({"update": 1})
         writer.sync()
     assert "Input/output error" in caplog.text
+
+
+def test_a_file_that_is_taken_away_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "log"
+    with LineWriter(path) as writer:
+        writer.append({"update": 1})
+        writer.sync()
+        assert not caplog.records
+        path.rename(tmp_path / "elsewhere")
+        for update in (2, 3):
+            writer.append({"update": update})
+            writer.sync()
+    (record,) = caplog.records
+    assert record.getMessage() == f"{path} was removed or moved while it was written to; its lines are not there"
+    assert len(records(tmp_path / "elsewhere")) == 3

@@ -119,3 +119,14 @@ def test_a_list_that_cannot_be_is_refused(fields: dict[str, Any], words: str) ->
 def test_adam_has_no_momentum_to_change() -> None:
     with pytest.raises(InvalidSetting, match=r"schedule.points\[0\].momentum = 0.5: only SGD"):
         _build({"adaptive_optimizer": True}, points=[{"at": "1ep", "momentum": 0.5}])
+
+
+def test_rates_that_no_optimizer_takes_are_refused() -> None:
+    exponential = {"name": "exponential", "gamma": 1e300}
+    with pytest.raises(InvalidSetting, match="learning rates must be finite and not negative"):
+        _build(points="5ep:128", shape=exponential)
+
+
+def test_steps_without_number_are_refused() -> None:
+    with pytest.raises(InvalidSetting, match=r"must not make more than 100000 steps; these are .* Use exponential"):
+        _build(points="5ep:128", shape={"name": "step", "every": "0.0000001ep", "gamma": 0.5})

@@ -192,3 +192,19 @@ def test_who_is_left_when_all_others_are_lost_goes_on_however_the_run_was_to_beg
     with make_trainer(plan, Standby(SoloEngine(9))) as trainer:
         trainer.start()
         assert trainer.num_updates == 3
+
+
+def test_updates_that_are_skipped_one_after_the_other_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    plan = Plan(IMAGES, num_updates=12, owns_loop=True, options={"on_non_finite": "skip", "check_loss": False})
+    with make_trainer(plan, FixedWorld(SoloEngine())) as trainer:
+        for update in trainer.updates():
+            for batch in update:
+                update.backward(IMAGES.loss_fn(trainer.model, batch) * float("inf" if update.index else 1))
+            update.step()
+            if update.index == 12:
+                break
+    warnings = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    assert warnings == [
+        "the last 10 updates were skipped, up to update 10: losses or gradients are not finite, or nothing in the "
+        "batches counts"
+    ]

@@ -44,7 +44,15 @@ def test_a_target_gives_a_training_set_or_a_pair(
 
 
 @pytest.mark.parametrize(
-    ("given", "words"), [(Endless(), "IterableDataset"), (3, "it gave int"), ((TRAINING, 3), "int")]
+    ("given", "words"),
+    [
+        (Endless(), "IterableDataset"),
+        (3, "it gave int"),
+        (None, "it gave NoneType"),
+        ("digits", "it gave str"),
+        ((TRAINING, 3), "int"),
+        ((TRAINING, TEST, TEST), "it gave 3 values"),
+    ],
 )
 def test_what_has_no_order_by_index_is_refused(monkeypatch: pytest.MonkeyPatch, given: Any, words: str) -> None:
     monkeypatch.setattr(data_target, "call_target", lambda *_: given)

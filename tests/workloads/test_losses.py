@@ -80,3 +80,13 @@ def test_a_mean_is_weighted_by_the_samples_of_any_batch(batch: Any) -> None:
         return torch.tensor(2.0)
 
     assert Judge(mean)(MODEL, batch)["loss"] == (torch.tensor(12.0), 6.0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "given"), [(INPUTS, "Tensor"), ({"x": INPUTS}, "dict"), ((INPUTS, LABELS, LABELS), "3 parts")]
+)
+def test_the_built_in_losses_take_pairs(batch: Any, given: str) -> None:
+    loss = build_loss(settings())
+    for judge in (loss, Judge(loss)):
+        with pytest.raises(InvalidSetting, match=f"data = 'samples of {given}': must be pairs of input and target"):
+            judge(MODEL, batch)

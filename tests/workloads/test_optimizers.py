@@ -56,3 +56,13 @@ def test_a_users_optimizer_gets_parameters_learning_rate_and_arguments() -> None
     assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["alpha"]) == (0.1, 0.9)
     with pytest.raises(InvalidSetting, match=r"optimizer\.args.*RMSprop refuses them"):
         build(target="torch.optim:RMSprop", args={"alfa": 0.9})
+
+
+def fixed_rate(parameters: Any, lr: float) -> torch.optim.Optimizer:
+    """A user's own that does not do as it is told."""
+    return torch.optim.SGD(parameters, lr=0.5)
+
+
+def test_a_users_optimizer_has_the_planned_learning_rate() -> None:
+    with pytest.raises(InvalidSetting, match=r"optimizer\.learning_rate = 0\.1: must be what .* has, 0\.5"):
+        build(target=f"{__name__}:fixed_rate")

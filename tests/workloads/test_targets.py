@@ -32,3 +32,21 @@ def test_an_unknown_attribute_is_refused_with_the_nearest_one() -> None:
 def test_arguments_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InvalidSetting, match=r"model\.args = \{'colour': 1\}: Fraction refuses them"):
         call_target("model.target", "fractions:Fraction", {"colour": 1})
+
+
+def test_what_cannot_be_called_is_no_target() -> None:
+    with pytest.raises(InvalidSetting, match="must name a function or a class; it is a float"):
+        call_target("model.target", "math:pi", {})
+
+
+def test_an_error_inside_a_target_is_not_laid_on_arguments_that_were_not_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_errors_of_test.py").write_text("def make(width=1): return len(width)\ndef need(width): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(TypeError, match="has no len"):
+        call_target("model.target", "my_errors_of_test:make", {})
+    with pytest.raises(InvalidSetting, match=r"make refuses them: .*has no len"):
+        call_target("model.target", "my_errors_of_test:make", {"width": 2})
+    with pytest.raises(InvalidSetting, match="need refuses them: missing a required argument: 'width'"):
+        call_target("model.target", "my_errors_of_test:need", {})
