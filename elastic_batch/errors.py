@@ -5,12 +5,31 @@ A message says what was given, what is required and what to do. The command line
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
+
+_NOT_USERS = (str(Path(__file__).parent) + os.sep, f"{os.sep}torch{os.sep}", "<frozen ")
+"""In the names of files in which nobody looks for his own mistake."""
 
 
 class ElasticBatchError(Exception):
     """Base class of the package's errors."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """Type, text, and the last line of a user's own code that an error went through: "KeyError: 'x' (losses.py:12)".
+
+    Of the package's own errors the text alone, which says it all.
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, ElasticBatchError):
+        return text
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    places = (f" ({each.filename}:{each.lineno})" for each in frames if not any(w in each.filename for w in _NOT_USERS))
+    return f"{type(error).__name__}: {text}{next(places, '')}"
 
 
 class InvalidSetting(ElasticBatchError, ValueError):
@@ -283,11 +302,13 @@ class DataError(ElasticBatchError):
         traceback_text: Where it was raised, possibly in another process.
     """
 
+    _what = "data for the micro-batch"
+
     def __init__(self, position: int, sample_indices: Sequence[int], error: str, traceback_text: str = "") -> None:
         self.position, self.sample_indices, self.error = position, tuple(sample_indices), error
         self.traceback_text = traceback_text
         shown = ", ".join(map(str, self.sample_indices[:8])) + (", ..." if len(self.sample_indices) > 8 else "")
-        super().__init__(f"no data for the micro-batch at position {position} (samples {shown}): {error}")
+        super().__init__(f"no {self._what} at position {position} (samples {shown}): {error}")
 
     def __reduce__(self) -> tuple[type[DataError], tuple[object, ...]]:
         return type(self), (self.position, self.sample_indices, self.error, self.traceback_text)
@@ -295,3 +316,5 @@ class DataError(ElasticBatchError):
 
 class CannotFuse(DataError):
     """The micro-batches of a pass cannot be one batch; the same positions in passes of one micro-batch are fine."""
+
+    _what = "pass of several micro-batches"

@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 
 from elastic_batch.data.nested import NotJoinableError, join
 from elastic_batch.data.source import PassRequest
-from elastic_batch.errors import CannotFuse, DataError
+from elastic_batch.errors import CannotFuse, DataError, in_one_line
 from elastic_batch.randomness import reseed
 from elastic_batch.stream import SampleStream, micro_batch_seed
 
@@ -112,8 +112,8 @@ def join_pass(batches: list[Any], request: PassRequest, stream: SampleStream, mi
 
 def data_error(error: Exception, position: int, sample_indices: list[int]) -> DataError:
     """Describe the error of users' code by plain text: foreign exceptions may not survive pickling."""
-    text = "".join(traceback.format_exception_only(error)).strip()
-    return DataError(position, sample_indices, text, "".join(traceback.format_exception(error)).strip())
+    trace = "".join(traceback.format_exception(error)).strip()
+    return DataError(position, sample_indices, in_one_line(error), trace)
 
 
 def _collate_by_default(samples: list[Any]) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from elastic_batch.engines import Engine
-from elastic_batch.errors import CannotFuse, ElasticBatchError, MisusedTrainer
+from elastic_batch.errors import CannotFuse, MisusedTrainer, in_one_line
 
 _TEXT_BYTES = 1000
 _ALLOCATION_FAILED = ("can't allocate memory", "_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
@@ -49,12 +49,12 @@ def judge(error: Exception, pass_width: int) -> Failure:
     if is_out_of_memory(error):
         if pass_width > 1:
             return Failure(Severity.NARROWER, f"out of memory with {pass_width} micro-batches in a pass")
-        text = f"out of memory with a single micro-batch in a pass; lower micro_batch_size ({_one_line(error)})"
+        text = f"out of memory with a single micro-batch in a pass; lower micro_batch_size ({in_one_line(error)})"
         return Failure(Severity.ONCE, text)
     if isinstance(error, CannotFuse):
-        return Failure(Severity.NARROWER, _one_line(error))
+        return Failure(Severity.NARROWER, in_one_line(error))
     severity = Severity.FINAL if isinstance(error, MisusedTrainer) else Severity.ONCE
-    return Failure(severity, _one_line(error))
+    return Failure(severity, in_one_line(error))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -98,8 +98,3 @@ def _encode(failure: Failure) -> Tensor:
 def _decode(row: Tensor) -> Failure:
     severity, *text = row.tolist()
     return Failure(Severity(severity), bytes(text).rstrip(b"\0").decode(errors="replace"))
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, ElasticBatchError) else f"{type(error).__name__}: {text}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import socket
 import urllib.request
@@ -106,7 +107,9 @@ def test_workers_without_samples_take_part_in_an_evaluation() -> None:
 
 def test_a_measure_that_fails_on_one_worker_fails_on_all() -> None:
     texts = run_world(3, training.evaluate_with_trouble, _PLAN, 2)
-    assert texts == ["the evaluation failed: worker 2: ValueError: no such measure"] * 3
+    pattern = r"the evaluation failed: worker 2: ValueError: no such measure \(.*/support/training\.py:\d+\)"
+    assert re.fullmatch(pattern, texts[0])
+    assert texts == [texts[0]] * 3
 
 
 def test_an_evaluation_whose_collective_fails_is_repeated_in_the_next_world() -> None:
