@@ -14,6 +14,7 @@ from elastic_batch.engines import Engine, Standing
 from elastic_batch.ghost import RunningStatistics
 from elastic_batch.gradients import GradientSums
 from elastic_batch.noise import NoiseScaleEstimator
+from elastic_batch.trainer.first_batches import FirstBatches
 from elastic_batch.trainer.header import Tally
 from elastic_batch.trainer.precision import Autocast, LossScaler
 from elastic_batch.trainer.seeding import PassSeeds
@@ -37,15 +38,12 @@ class Machinery:
     gradients: GradientSums
     tally: Tally
     statistics: RunningStatistics
+    first_batches: FirstBatches
     randomness: PassRandomness
     optimizer: SteeredOptimizer
     scaler: LossScaler
     estimator: NoiseScaleEstimator | None
     standing: Standing
     last_checkpoint: Callable[[], str | None]
-    mean_unchecked: bool
-    """Whether the loss of the next micro-batch is compared with those of its halves."""
-    pass_unchecked: bool = True
-    """Whether the next pass of several micro-batches is compared with them one by one."""
     is_whole: bool = True
     """False while parameters change: a state that a failure leaves behind then belongs to no position."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class MeanCheck:
         self._share = 0.0
         self._comparison = GradientComparison(self._parameters)
 
-    def parts(self) -> Iterator[Any]:
+    def parts(self) -> Generator[Any, None, None]:
         """The whole batch and its halves, each to be answered by `record`; nothing if it cannot be halved."""
         half = self._num_samples // 2
         if half == 0 or any(parameter._backward_hooks for parameter in self._parameters):

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from numbers import Real
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from elastic_batch.data import NotDivisibleError, PassRequest, cut, duplicate
+from elastic_batch.data import PassRequest
 from elastic_batch.errors import MisusedTrainer, WorldBroken
 from elastic_batch.failpoints import reach
 from elastic_batch.stream import micro_batch_seed
-from elastic_batch.trainer.buffers import preserved_buffers
 from elastic_batch.trainer.failures import Failure, Severity, is_out_of_memory, judge
 from elastic_batch.trainer.machinery import Machinery
-from elastic_batch.trainer.mean_check import MeanCheck
-from elastic_batch.trainer.pass_check import PassCheck
 from elastic_batch.trainer.plan import UpdatePlan
 from elastic_batch.trainer.stochastic import PassDraws
 
@@ -53,8 +49,6 @@ class ShareRun:
         self._num_done = 0
         self._is_iterated = False
         self._awaits_backward = False
-        self._mean_check: MeanCheck | None = None
-        self._pass_check: PassCheck | None = None
         self._draws: PassDraws | None = None
         self.gradients = machinery.gradients.begin(alone=machinery.engine.size == 1)
         machinery.tally.begin()
@@ -78,7 +72,7 @@ class ShareRun:
                 batch = self._fetch()
                 if self.is_over:
                     return
-                yield from self._check_first(batch, request, seeds)
+                yield from self._compare(batch, seeds)
                 if self.is_over:
                     return
                 machinery.statistics.samples_per_pass = self._num_samples(request)
@@ -101,12 +95,8 @@ class ShareRun:
         _require_number("loss", loss, "one number: a mean over the batch's samples, or a sum with weight=...")
         if weight is not None:
             _require_number("weight", weight, "one number: what the sum of losses is to be divided by")
-        if self._mean_check is not None:
-            if weight is None:
-                self._mean_check.record(loss)
-            return
-        if self._pass_check is not None:
-            self._pass_check.record(loss, weight, None if self._draws is None else self._draws.stray())
+        if self._machinery.first_batches.is_comparing:
+            self._machinery.first_batches.record(loss, weight, None if self._draws is None else self._draws.stray())
             return
         if self.is_cut_off:
             return
@@ -147,8 +137,6 @@ class ShareRun:
 
     def fail(self, error: Exception) -> None:
         """Give this worker's share up: all workers will hear of it in the header and repeat the update."""
-        if self._mean_check is not None and self.failure is None:
-            self._mean_check.explain()
         width = self._requests[self._num_done].num_micro_batches if self._num_done < len(self._requests) else 1
         self.error = error
         self._end(judge(error, width))
@@ -200,10 +188,11 @@ class ShareRun:
             return None
 
     def _forward(self, seeds: list[int]) -> AbstractContextManager[Any]:
-        """What the user's turn runs in: each of the pass's micro-batches draws what belongs to its position."""
+        """What the user's turn runs in: each of the pass's micro-batches draws what belongs to its position, if any."""
         if len(seeds) > 1:
             return self._forward_of_many(seeds)
-        self._machinery.seeds.seed(seeds[0])
+        if seeds:
+            self._machinery.seeds.seed(seeds[0])
         return self._machinery.autocast.forward()
 
     @contextmanager
@@ -213,54 +202,21 @@ class ShareRun:
             yield
         self._draws = None
 
-    def _check_first(self, batch: Any, request: PassRequest, seeds: list[int]) -> Iterator[Any]:
-        """What a batch is before it counts: a run's first one in halves, the first wide one by its micro-batches."""
-        machinery = self._machinery
-        if machinery.mean_unchecked:
-            machinery.mean_unchecked = False
-            yield from self._check_mean(batch, request)
-        if machinery.pass_unchecked and len(seeds) > 1 and not self.is_over:
-            machinery.pass_unchecked = False
-            yield from self._check_pass(batch, seeds)
-
-    def _check_mean(self, batch: Any, request: PassRequest) -> Iterator[Any]:
-        machinery = self._machinery
-        self._mean_check = MeanCheck(machinery.model, batch, self._num_samples(request))
+    def _compare(self, batch: Any, seeds: list[int]) -> Iterator[Any]:
+        """What comes before a batch that is a first one of its kind, answered by `backward` as well."""
+        first = self._machinery.first_batches
         try:
-            with machinery.autocast.forward():
-                yield from self._mean_check.parts()
-            self._mean_check.verify()
-        except MisusedTrainer as error:
-            self.fail(error)
-        except GeneratorExit:
-            self._mean_check.explain()
-            raise
-        finally:
-            self._mean_check = None
-
-    def _check_pass(self, batch: Any, seeds: list[int]) -> Iterator[Any]:
-        machinery, size = self._machinery, self._micro_batch_size
-        try:
-            parts = [cut(batch, i * size, (i + 1) * size, len(seeds) * size) for i in range(len(seeds))]
-        except NotDivisibleError as error:
-            self._narrow(f"they cannot be compared with a wider one, because {error}")
-            return
-        trained = [parameter for parameter in machinery.optimizer.parameters if parameter.requires_grad]
-        check = self._pass_check = PassCheck(trained, len(seeds))
-        whole_and_parts = [(duplicate(batch), seeds), *zip(parts, ([seed] for seed in seeds), strict=True)]
-        try:
-            with preserved_buffers(machinery.model), torch.compiler.set_stance("force_eager"):
-                for part, its_seeds in whole_and_parts:
-                    machinery.statistics.samples_per_pass = len(its_seeds) * size
+            with closing(first.parts(batch, seeds, self._micro_batch_size)) as parts:
+                for part, its_seeds in parts:
                     with self._forward(its_seeds):
                         yield part
                     if self.is_over:
                         return
-        finally:
-            self._pass_check = None
-            machinery.statistics.begin()
-        if reason := check.obstacle():
-            self._narrow(reason)
+        except MisusedTrainer as error:
+            self.fail(error)
+            return
+        if first.obstacle is not None:
+            self._narrow(first.obstacle)
 
     def _accumulate(self, loss: Tensor, count: int, weight: Tensor | float) -> None:
         machinery = self._machinery

@@ -31,6 +31,7 @@ from elastic_batch.trainer.assembly import (
     require_trained_inside,
 )
 from elastic_batch.trainer.evaluation import UNNAMED, Measure, evaluate, name_of
+from elastic_batch.trainer.first_batches import FirstBatches
 from elastic_batch.trainer.header import Tally
 from elastic_batch.trainer.heap import keep_freed_memory
 from elastic_batch.trainer.loop import UpdateLoop
@@ -298,6 +299,8 @@ class Trainer:
         if self._membership.is_elastic:
             # Data processes start now, while nobody waits for this worker; they outlive what they are told to load.
             source.start(forecast(self.schedule, 0, rank=0, size=1, width=1))
+        engine, statistics = self._enter_first(worlds), RunningStatistics(self._plain_model)
+        check_loss = self.options.check_loss and self.num_updates == 0
         machinery = Machinery(
             model=self._plain_model,
             device=self._device,
@@ -306,18 +309,18 @@ class Trainer:
             autocast=Autocast(self.options.precision, self._device),
             max_grad_norm=self.options.max_grad_norm,
             on_non_finite=self.options.on_non_finite,
-            engine=self._enter_first(worlds),
+            engine=engine,
             source=source,
             gradients=GradientSums(self._optimizer.parameters),
             tally=Tally(self._device),
-            statistics=RunningStatistics(self._plain_model),
+            statistics=statistics,
+            first_batches=FirstBatches(self._plain_model, self._optimizer, statistics, check_loss=check_loss),
             randomness=PassRandomness(self._plain_model),
             optimizer=self._optimizer,
             scaler=self._scaler,
             estimator=self._estimator,
             standing=self._standing,
             last_checkpoint=lambda: self._recorder.last_checkpoint,
-            mean_unchecked=self.options.check_loss and self.num_updates == 0,
         )
         self._loop = UpdateLoop(
             membership=self._membership,

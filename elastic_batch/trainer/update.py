@@ -123,7 +123,7 @@ class Update:
     def __iter__(self) -> Iterator[Any]:
         """This worker's batches, on its device, each under the random seeds of its position.
 
-        The first batch of a run comes some times more, whole and in halves, to check the loss (see `MeanCheck`).
+        Those that are the first of their kind come some times more, whole and in parts (see `FirstBatches`).
         """
         return self._share.batches()
 
