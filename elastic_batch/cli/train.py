@@ -20,6 +20,7 @@ from elastic_batch.cli.progress import Display, open_display
 from elastic_batch.cli.train_workers import train_on_workers
 from elastic_batch.errors import InvalidSetting, RunDirectoryUsed
 from elastic_batch.job import Job
+from elastic_batch.launchers import launched_world
 from elastic_batch.rundir import is_used
 from elastic_batch.workloads.planning import JobPlan, plan_job
 
@@ -85,6 +86,8 @@ def command(
     if workers is not None:
         return train_on_workers(invocation, job, directory, how_to_resume, workers, listening, as_json)
     _refuse_listening(listening)
+    if not invocation.is_elastic:
+        launched_world(invocation.environ)  # a variable that is missing shows now, not after the model was built
     summary = _train(invocation, planned, directory, how_to_resume, init_from)
     if summary.pop("is_lead"):
         # Whoever started elastic workers says how to resume.

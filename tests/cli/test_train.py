@@ -117,6 +117,14 @@ def test_a_used_run_directory_is_refused_before_the_model_is_built(
     assert "already holds a run" in err
 
 
+def test_what_is_left_of_a_launcher_is_named_before_the_model_is_built(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("elastic_batch.workloads.build.build_workload", None)
+    assert main(["train", "digits", "--run-dir", str(tmp_path / "run")], {"WORLD_SIZE": "2"}) == 2
+    assert "RANK = None: must be a whole number. torchrun sets it" in capsys.readouterr().err
+
+
 def test_a_run_directory_in_which_another_process_trains_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
