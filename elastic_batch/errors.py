@@ -157,7 +157,7 @@ class NonFinite(ElasticBatchError):
 
     def __init__(self, what: str, update: int, checkpoint: str | None) -> None:
         self.what, self.update, self.checkpoint = what, update, checkpoint
-        last = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+        last = f"the last good checkpoint is {checkpoint}" if checkpoint else "this worker knows of no checkpoint"
         cause = "Look at what is given as weight" if what == "the weight" else "Lower the learning rate, clip gradients"
         super().__init__(
             f"{what} of update {update} is not finite; {last}. Nothing of this update was applied. "

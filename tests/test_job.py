@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_batch.errors import InvalidSetting
-from elastic_batch.job import Job, format_yaml, load_job, parse_assignments, resolve_job
+from elastic_batch.job import Job, format_yaml, job_schema, load_job, parse_assignments, resolve_job
 from elastic_batch.job.yaml_text import parse_yaml
 
 SMALLEST: dict[str, Any] = {
@@ -396,7 +396,7 @@ def test_adam_has_no_momentum_for_the_noise_scale() -> None:
 
 
 def test_the_schema_describes_every_field() -> None:
-    schema = Job.model_json_schema()
+    schema = job_schema()
     sections = [schema, *schema["$defs"].values()]
     undescribed = [
         (section.get("title"), name)
@@ -405,3 +405,11 @@ def test_the_schema_describes_every_field() -> None:
         if not field.keys() & {"description", "const", "$ref"}
     ]
     assert undescribed == []
+
+
+def test_the_schema_takes_what_the_loader_takes() -> None:
+    sections = job_schema()["$defs"]
+    for name in ("StepsSchedule", "RampSchedule"):
+        assert {"max_duration", "points"} <= set(sections[name]["required"])
+        assert "global_batch_size" not in sections[name]["required"]
+    assert sections["CheckpointSettings"]["properties"]["every"]["default"] == "1ep"

@@ -38,7 +38,7 @@ def plain_weights(checkpoint: Checkpoint, entry: str = "model") -> dict[str, Any
     found: Any = checkpoint.state
     for part in entry.split("."):
         if not isinstance(found, Mapping) or part not in found:
-            known = ", ".join(map(str, found)) if isinstance(found, Mapping) else "nothing inside"
+            known = ", ".join(map(str, found)) if isinstance(found, Mapping) and found else "there is nothing inside"
             raise InvalidSetting(
                 "entry", entry, f"must name an entry of the checkpoint; {part!r} is not one of: {known}"
             )

@@ -42,5 +42,6 @@ def command(runs: tuple[str, ...], output: str | None, metric: str | None, as_js
     console = open_console()
     console.print(table)
     if report.rows[0].metric is not None:
-        console.print(f"\nfinal: test {report.rows[0].metric}; difference: against decay-lr.")
+        compared = "; difference: against decay-lr" if any(row.difference is not None for row in report.rows) else ""
+        console.print(f"\nfinal: test {report.rows[0].metric}{compared}.")
     console.print(f"Pictures: {directory}/overview.png and {len(report.files) - 1} more files")

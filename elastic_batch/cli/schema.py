@@ -6,10 +6,10 @@ import json
 
 import click
 
-from elastic_batch.job import Job
+from elastic_batch.job import job_schema
 
 
 @click.command("schema")
 def command() -> None:
     """Print the JSON Schema of a job file."""
-    click.echo(json.dumps(Job.model_json_schema(), indent=2))
+    click.echo(json.dumps(job_schema(), indent=2))

@@ -80,7 +80,7 @@ def command(
     directory = run_dir or str(Path("runs") / (f"{job.name}-{strategy}" if strategy else job.name))
     how_to_resume = ("auto" if invocation.was_restarted else "never") if resume is None else resume
     listening = Listening(host=host, port=port, token_file=token_file, tls_cert=tls_cert, tls_key=tls_key)
-    _check_places(invocation, directory, how_to_resume)
+    _check_places(invocation, directory, how_to_resume, job.checkpoint.location)
     if init_from == "":
         raise InvalidSetting("--init-from", init_from, "must be the path of weights")
     if workers is not None:
@@ -110,9 +110,11 @@ def plan_arguments(arguments: Sequence[str], environ: Mapping[str, str]) -> JobP
 _JOB_FLAGS = ("job_name", "assignments", "strategy", "max_duration", "seed", "metrics_port")
 
 
-def _check_places(invocation: Invocation, directory: str, resume: str) -> None:
+def _check_places(invocation: Invocation, directory: str, resume: str, checkpoints: str | None) -> None:
     check_resume(resume)
     require_directory("--run-dir", directory)
+    if checkpoints is not None and "://" not in checkpoints:
+        require_directory("checkpoint.location", checkpoints)
     # Elastic workers come when others have begun the run; their supervisor has looked.
     if resume == "never" and not invocation.is_elastic and is_used(directory):
         raise RunDirectoryUsed(directory)
@@ -202,14 +204,16 @@ def _interval(job: Job, schedule: Any) -> int | None:
 
 
 def _print_end(summary: dict[str, Any], planned: JobPlan, directory: str, again: str | None, as_json: bool) -> None:
+    how = f" Resume with:\n  {again}" if again is not None else ""
     if as_json:
         # JSON has no word for the loss of a run that diverged.
         metrics = {name: value if math.isfinite(value) else None for name, value in summary["metrics"].items()}
         click.echo(json.dumps({**summary, "metrics": metrics}, allow_nan=False))
+        if not summary["finished"] and how:
+            click.echo(how.lstrip(), err=True)
         return
     updates, baseline = summary["updates"], summary["baseline_updates"]
     if not summary["finished"]:
-        how = f" Resume with:\n  {again}" if again is not None else ""
         click.echo(f"Stopped after update {updates} ({summary['reason']}).{how}")
         return
     measured = ", ".join(f"test {name} {value:.4f}" for name, value in summary["metrics"].items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from elastic_batch.job.job import TRAJECTORY, Job
+from elastic_batch.job.json_schema import job_schema
 from elastic_batch.job.loading import load_job, parse_assignments, resolve_job
 from elastic_batch.job.settings import (
     AdamSettings,
@@ -32,6 +33,7 @@ __all__ = [
     "Section",
     "TargetOptimizerSettings",
     "format_yaml",
+    "job_schema",
     "load_job",
     "parse_assignments",
     "parse_yaml",

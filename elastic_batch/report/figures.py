@@ -39,8 +39,9 @@ def draw_figures(groups: Sequence[Group], metric: str | None, output: Path) -> l
         ]
         name = _picture_name(metric, pictures)
         pictures |= {name: evaluation, "overview": [*schedule, *noise, loss[0], *evaluation]}
+    title = ", ".join(dict.fromkeys(group.name for group in groups))
     with _style():
-        return [path for name, panels in pictures.items() for path in _draw(panels, len(groups), output / name)]
+        return [path for name, panels in pictures.items() for path in _draw(panels, len(groups), title, output / name)]
 
 
 def _picture_name(metric: str, others: Collection[str]) -> str:
@@ -49,7 +50,7 @@ def _picture_name(metric: str, others: Collection[str]) -> str:
     return f"evaluation-{name}" if name.lower() in others else name
 
 
-def _draw(panels: Sequence[Panel], num_groups: int, stem: Path) -> list[Path]:
+def _draw(panels: Sequence[Panel], num_groups: int, title: str, stem: Path) -> list[Path]:
     columns = 3 if len(panels) > 4 else len(panels)
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(3.9 * columns, 2.9 * rows + 0.35), layout="constrained")
@@ -59,7 +60,9 @@ def _draw(panels: Sequence[Panel], num_groups: int, stem: Path) -> list[Path]:
     for axes in cells[len(panels) :]:
         axes.set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles[:num_groups], labels[:num_groups], loc="outside upper center", ncols=min(num_groups, 5))
+    figure.legend(
+        handles[:num_groups], labels[:num_groups], loc="outside upper center", ncols=min(num_groups, 5), title=title
+    )
     # Laid out once; each file would do it again.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")

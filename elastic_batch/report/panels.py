@@ -64,7 +64,7 @@ def draw_noise(axes: Axes, groups: Sequence[Group]) -> None:
             label="measured",
         )  # fmt: skip
     axes.set_yscale("log")
-    axes.set_ylabel("noise scale (dots: measured)")
+    axes.set_ylabel("scheduled g (lines), measured\nnoise scale in samples (dots)")
     _tidy_log(axes)
 
 
@@ -91,7 +91,10 @@ def draw_metric(axes: Axes, groups: Sequence[Group], metric: str, abscissa: Absc
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     # The first epochs would squeeze the differences that matter into the top of the panel.
     low, high = np.quantile(values, 0.15), values.max()
-    axes.set_ylim(max(0.0, low - 0.15 * (high - low) - 0.005), min(1.0, high + 0.08 * (high - low) + 0.005))
+    bottom = max(0.0, low - 0.15 * (high - low) - 0.005)
+    axes.set_ylim(bottom, min(1.0, high + 0.08 * (high - low) + 0.005))
+    if (lowest := np.nanmin(np.concatenate([curve.low for curve, _, _ in curves]))) < bottom:
+        axes.set_ylabel(f"test {metric} (cut; lowest {lowest:.0%})")
 
 
 def _draw_stairs(axes: Axes, groups: Sequence[Group], field: str) -> None:

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from elastic_batch.errors import InvalidSetting
 from elastic_batch.schedule.batches import Batch, Scaling
@@ -107,6 +107,21 @@ class GivenBatchSettings(ScheduleSettings):
         return f"{self.name_batches()}, lr {self.shape.name}{scaling}"
 
 
+def _need_no_first_batch(schema: dict[str, Any]) -> None:
+    schema["required"].remove("global_batch_size")
+
+
+class PointsSettings(GivenBatchSettings):
+    """Base of the strategies with a list of points: one at 0 gives the first batch."""
+
+    model_config = ConfigDict(json_schema_extra=_need_no_first_batch)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_first_batch(cls, data: Any) -> Any:
+        return _first_from_points(data)
+
+
 def read_points(value: Any) -> Any:
     """Take "0:768 250e9tok:1536" apart; anything else is passed through.
 
@@ -121,7 +136,7 @@ def read_points(value: Any) -> Any:
     return [{"at": at, "global_batch_size": int(batch)} for at, _, batch in pairs]
 
 
-def first_from_points(data: Any) -> Any:
+def _first_from_points(data: Any) -> Any:
     """Fill in the first batch from a point at 0, where it is not given beside the list.
 
     Raises:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from elastic_batch.errors import InvalidSetting
 from elastic_batch.schedule.batches import FixedBatch, LinearBatch, scaled
 from elastic_batch.schedule.durations import Duration
-from elastic_batch.schedule.given import GivenBatchSettings, Stretch, first_from_points, read_points
+from elastic_batch.schedule.given import PointsSettings, Stretch, read_points
 from elastic_batch.schedule.lengths import Lengths
 from elastic_batch.schedule.settings import BatchSize, Settings, effective_momentum
 from elastic_batch.schedule.values import ScheduleContext
@@ -25,7 +25,7 @@ class Point(Settings):
     """Samples of one update then."""
 
 
-class RampSchedule(GivenBatchSettings):
+class RampSchedule(PointsSettings):
     """A batch that grows (or shrinks) evenly from point to point and stays after the last."""
 
     strategy: Literal["ramp"] = "ramp"
@@ -36,11 +36,6 @@ class RampSchedule(GivenBatchSettings):
         BeforeValidator(read_points, json_schema_input_type=str | tuple[Point, ...]),
     ]
     """"4e9tok:32 12e9tok:1536", or a list of {at, global_batch_size}. The first line begins at 0, at the first."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_first_batch(cls, data: Any) -> Any:
-        return first_from_points(data)
 
     def stretches(self, context: ScheduleContext, lengths: Lengths) -> list[Stretch]:
         corners = self._corners(context, lengths)

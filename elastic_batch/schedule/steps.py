@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from elastic_batch.errors import InvalidSetting
 from elastic_batch.schedule.batches import FixedBatch, scaled
 from elastic_batch.schedule.durations import Duration
-from elastic_batch.schedule.given import GivenBatchSettings, Stretch, first_from_points, read_points
+from elastic_batch.schedule.given import PointsSettings, Stretch, read_points
 from elastic_batch.schedule.lengths import Lengths
 from elastic_batch.schedule.settings import BatchSize, LearningRate, Momentum, Settings, effective_momentum
 from elastic_batch.schedule.values import ScheduleContext
@@ -29,7 +29,7 @@ class Step(Settings):
     """SGD's momentum from here on."""
 
 
-class StepsSchedule(GivenBatchSettings):
+class StepsSchedule(PointsSettings):
     """A list of batches, each from a point on, as large language models are trained with."""
 
     strategy: Literal["steps"] = "steps"
@@ -40,11 +40,6 @@ class StepsSchedule(GivenBatchSettings):
         BeforeValidator(read_points, json_schema_input_type=str | tuple[Step, ...]),
     ]
     """"0:768 250e9tok:1536", or a list of {at, global_batch_size, learning_rate, momentum}."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_first_batch(cls, data: Any) -> Any:
-        return first_from_points(data)
 
     def stretches(self, context: ScheduleContext, lengths: Lengths) -> list[Stretch]:
         num_at_zero = int(self.points[0].at.amount == 0)

@@ -180,6 +180,11 @@ class LeadRecords:
         if self._saver is not None and self._saver.is_due(before, position):
             self._checkpoint(self._saver, collect, position, num_updates)
 
+    def secure(self, collect: Collect, position: int, num_updates: int) -> None:
+        """Save the state, and wait for that; whether it is saved is asked once more in `finish`."""
+        if self._saver is not None and position:
+            self._save_last(self._saver, collect, position, num_updates)
+
     def finish(self, collect: Collect | None, position: int, num_updates: int, reason: str | None) -> None:
         """The loop over the updates ended: save the last state and the summary.
 

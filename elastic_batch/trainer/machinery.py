@@ -44,6 +44,7 @@ class Machinery:
     scaler: LossScaler
     estimator: NoiseScaleEstimator | None
     standing: Standing
-    last_checkpoint: Callable[[], str | None]
+    secure: Callable[[], str | None]
+    """Saves the state as it is, where that is this worker's; gives the name of the newest checkpoint that is good."""
     is_whole: bool = True
     """False while parameters change: a state that a failure leaves behind then belongs to no position."""

@@ -109,7 +109,7 @@ class MeanCheck:
         if self._comparison.num_added == 3 and (excess := self._comparison.excess()) is not None:
             raise MisusedTrainer(
                 f"the gradient of the loss over a micro-batch is {excess:.2%} away from the mean of its halves': "
-                "the loss is not a mean over samples (ignore_index, class weights or negatives from the batch do "
+                "the loss is not a mean over samples (a sum, ignore_index, class weights, negatives from the batch do "
                 "that). Give a sum and its weight: update.backward(loss_sum, weight=...), or (loss_sum, weight) from "
                 "loss_fn, in a job file from a loss.target with takes: 'model, batch'. In a script "
                 "check_loss=False keeps the loss as it is"

@@ -108,6 +108,7 @@ class Outlets:
             return
         try:
             self._server = self._open_server()
+            logger.info("metrics are served at %s", self._server.url)
         except InvalidSetting as error:
             if not or_later:
                 raise

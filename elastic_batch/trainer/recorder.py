@@ -170,6 +170,20 @@ class Recorder:
         if self.lead is not None:
             self.last_record = self.lead.update(update, commit, engine, estimator)
 
+    def secure(self, collect: Collect, progress: Progress) -> str | None:
+        """Save the state before an error ends the run, if this worker leads.
+
+        Args:
+            collect: Gives the state.
+            progress: How far it is.
+
+        Returns:
+            Name of the newest checkpoint known to be good; workers other than the lead know an older one.
+        """
+        if self.lead is not None:
+            self.lead.secure(collect, progress.position, progress.num_updates)
+        return self.last_checkpoint
+
     def save_alone(self, collect: Collect, progress: Progress, ended: Engine, *, broken: bool) -> None:
         """Save the state of a worker that ends because there is no next world for it; the lead does so in `finish`.
 

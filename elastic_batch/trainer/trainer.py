@@ -320,7 +320,7 @@ class Trainer:
             scaler=self._scaler,
             estimator=self._estimator,
             standing=self._standing,
-            last_checkpoint=lambda: self._recorder.last_checkpoint,
+            secure=lambda: self._recorder.secure(self._state.collect, self._progress),
         )
         self._loop = UpdateLoop(
             membership=self._membership,

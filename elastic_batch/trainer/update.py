@@ -99,6 +99,11 @@ class Update:
         return self.plan.stop - self.plan.start
 
     @property
+    def is_stepped(self) -> bool:
+        """Whether `step` was called."""
+        return self._is_stepped
+
+    @property
     def is_reducing(self) -> bool:
         """Whether reductions with other workers may have begun."""
         return self._machinery.engine.size > 1 and self._share.has_run_all
@@ -240,7 +245,7 @@ class Update:
         overflow = machinery.scaler.may_overflow and weighed and finite_loss and not finite_gradient
         if not (is_sound or overflow) and machinery.on_non_finite == "stop":
             what = "the gradient" if weighed and finite_loss else "the loss" if weighed else "the weight"
-            raise NonFinite(what, self.plan.index, machinery.last_checkpoint())
+            raise NonFinite(what, self.plan.index, machinery.secure())
         self.header = header
         machinery.standing.stage = "commit"
         reach("commit.start")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from elastic_batch.errors import InvalidSetting
 from elastic_batch.job import Job
 from elastic_batch.schedule import Plan, Schedule, plan
 from elastic_batch.workloads.catalog import DATA_SETS, check_data, check_model_name
@@ -36,6 +37,9 @@ def plan_job(job: Job) -> JobPlan:
     check_data(job.data)
     if job.model.name is not None:
         check_model_name(job.model.name)
+    if job.loss.name == "mse" and job.data.name is not None:
+        rule, remedy = f"is for targets like the outputs; {job.data.name} has class labels", "Use cross-entropy"
+        raise InvalidSetting("loss.name", "mse", rule, remedy)
     num_samples = num_training_samples(job)
     schedule = job.build_schedule(num_samples)
     for field, every in (("checkpoint.every", job.checkpoint.every), ("evaluation.every", job.evaluation.every)):
@@ -64,6 +68,7 @@ def num_training_samples(job: Job) -> int:
         return job.data.num_samples
     if job.data.name is not None:
         return DATA_SETS[job.data.name].num_training_samples
-    from elastic_batch.workloads.data_target import load_data_target  # loads the user's code, and torch with it
+    from elastic_batch.data import count_samples  # loads torch
+    from elastic_batch.workloads.data_target import load_data_target
 
-    return len(load_data_target(job.data).training)  # type: ignore[arg-type] # map-style: it was checked for a length
+    return count_samples(load_data_target(job.data).training, "data.target")

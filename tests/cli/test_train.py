@@ -80,6 +80,24 @@ def test_a_run_that_diverged_ends_with_valid_json(capsys: pytest.CaptureFixture[
     assert json.loads(capsys.readouterr().out)["metrics"] == {"loss": None, "accuracy": 0.1}
 
 
+def test_for_programs_the_command_that_resumes_is_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = {"updates": 1, "baseline_updates": 1, "finished": False, "metrics": {}}
+    _print_end(summary, plan_job(load_job(find_job_file("digits"))), "runs/a", "again", as_json=True)
+    captured = capsys.readouterr()
+    assert captured.err == "Resume with:\n  again\n"
+    assert json.loads(captured.out)["finished"] is False
+
+
+def test_a_place_for_checkpoints_that_cannot_be_written_to_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    place = f"checkpoint.location={tmp_path / 'file'}"
+    _, err = train(capsys, *SMALL, "--run-dir", str(tmp_path / "run"), "--set", place, code=2)
+    assert "must be a directory that can be written to" in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_run_directory_is_named_after_job_and_strategy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

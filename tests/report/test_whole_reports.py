@@ -45,6 +45,12 @@ def test_every_picture_names_every_group(report: Report) -> None:
             assert all(f"<!-- {label} -->" in text for label in ("decay-lr", "grow-batch", "hybrid")), path
 
 
+def test_an_axis_that_does_not_show_all_says_so(tmp_path: Path, make_run: MakeRun) -> None:
+    label = "test accuracy (cut; lowest "
+    cut = write_report([make_run(tmp_path / "run", "decay-lr", 1)], tmp_path / "report")
+    assert label in next(path for path in cut.files if path.name == "accuracy.svg").read_text()
+
+
 def test_drawing_leaves_nothing_behind_in_matplotlib(report: Report) -> None:
     assert "matplotlib.pyplot" not in sys.modules
     assert sys.modules["matplotlib"].rcParams["svg.hashsalt"] is None

@@ -32,6 +32,7 @@ from elastic_batch.errors import (
     RunDirectoryUsed,
     UnsavableState,
 )
+from elastic_batch.rundir import read_summary
 
 _PLAN = Plan(TOKENS, num_updates=10)
 
@@ -172,13 +173,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_update_and_checkpoint
                     loss, weight = TOKENS.loss_fn(trainer.model, batch)
                     update.backward(loss * (math.nan if update.index == 14 else 1), weight)
                 update.step()
-                assert trainer._recorder.lead is not None
-                assert trainer._recorder.lead._saver is not None
-                trainer._recorder.lead._saver.wait()  # so that the checkpoint's name is known
 
-        with pytest.raises(NonFinite, match=r"the loss of update 14 .* last good checkpoint is 0*208-g0-"):
+        with pytest.raises(NonFinite, match=r"the loss of update 14 .* last good checkpoint is 0*224-g0-") as raised:
             train_into_the_error()
         assert largest_difference(trainer.model.state_dict(), before) == 0
+    assert raised.value.checkpoint == CheckpointStore(tmp_path / "run" / "checkpoints").manifests()[0].name
+    assert read_summary(tmp_path / "run")["reason"] == "an error"
 
 
 def test_fp16_gradients_that_are_never_finite_stop_the_run() -> None:
@@ -354,3 +354,10 @@ def test_another_run_s_checkpoints_are_not_written_over(tmp_path: Path) -> None:
     for directory, refused in (("a", nullcontext()), ("b", pytest.raises(RunDirectoryUsed, match="common"))):
         with _trainer(run_dir=tmp_path / directory, checkpoint_location=tmp_path / "common") as trainer, refused:
             next(_losing_loop(trainer))
+
+
+def test_the_log_names_the_port_that_metrics_are_served_on(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "elastic_batch"), _trainer(metrics_port=0) as trainer:
+        trainer.start()
+    (address,) = [record.getMessage() for record in caplog.records if "metrics are served" in record.getMessage()]
+    assert re.fullmatch(r"metrics are served at http://127\.0\.0\.1:\d+/metrics", address)

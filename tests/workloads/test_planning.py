@@ -34,6 +34,11 @@ def test_the_length_of_a_users_data_set_is_found_by_loading_it(tmp_path: Path, m
     assert (planned.schedule.num_samples, planned.max_workers) == (640, 4)
 
 
+def test_class_labels_are_no_targets_of_the_squared_error() -> None:
+    with pytest.raises(InvalidSetting, match=r"loss\.name = 'mse': .*digits has class labels\. Use cross-entropy"):
+        plan_job(Job.parse({**FIELDS, "data": {"name": "digits"}, "loss": {"name": "mse"}}))
+
+
 def test_the_length_that_the_job_tells_needs_no_loading() -> None:
     data = {"target": "not_there:make", "num_samples": 640}
     assert num_training_samples(Job.parse({**FIELDS, "data": data})) == 640
