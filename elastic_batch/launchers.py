@@ -51,12 +51,13 @@ def launched_world(environ: Mapping[str, str]) -> LaunchedWorld | None:
         InvalidSetting: A variable is missing, or is no whole number.
     """
     size = launched_size(environ)
+    rank = _read(environ, "RANK", default=None if size > 1 else 0)
+    if rank >= size:
+        remedy = "torchrun sets both; unset what is left of its variables to train on one worker"
+        raise InvalidSetting("RANK", rank, f"must be below WORLD_SIZE, {size}", remedy)
     if size > 1:
         is_one_host = environ.get("LOCAL_WORLD_SIZE") == environ["WORLD_SIZE"]
         attempt = _read(environ, "TORCHELASTIC_RESTART_COUNT", default=0) if is_one_host else 0
-        rank = _read(environ, "RANK")
-        if rank >= size:
-            raise InvalidSetting("RANK", rank, f"must be below WORLD_SIZE, {size}")
         return LaunchedWorld(rank, size, "env://", attempt)
     if "RANK" not in environ and (size := _read(environ, "SLURM_STEP_NUM_TASKS", default=1)) > 1:
         host = environ.get("MASTER_ADDR") or _first_host(environ["SLURM_STEP_NODELIST"])

@@ -17,6 +17,7 @@ STEP = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "a", "SLURM_JOB_ID":
         ({"WORLD_SIZE": "2"}, "RANK = None: must be a whole number. torchrun sets it"),
         ({"WORLD_SIZE": "2", "RANK": "abc"}, "RANK = 'abc': must be a whole number"),
         ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK = 2: must be below WORLD_SIZE, 2"),
+        ({"RANK": "1"}, "RANK = 1: must be below WORLD_SIZE, 1"),
         ({**STEP, "SLURM_PROCID": "x"}, "SLURM_PROCID = 'x': must be a whole number. srun sets it"),
     ],
 )
