@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-_NOT_USERS = (str(Path(__file__).parent) + os.sep, f"{os.sep}torch{os.sep}", "<frozen ")
+_NOT_USERS = (str(Path(__file__).parent) + os.sep, f"-packages{os.sep}torch{os.sep}", "<frozen ")
 """In the names of files in which nobody looks for his own mistake."""
 
 
