@@ -136,7 +136,7 @@ class UpdateLoop:
                 if self._everybody_left and not self.finished:
                     self._say_goodbye()
             except GeneratorExit:
-                if number == self._num_loops and not self._has_failed():
+                if number == self._num_loops and not (self._update is not None and self._update.has_failed):
                     progress.stop_reason = "the loop over the updates was left"
                 raise
             finally:
@@ -144,10 +144,6 @@ class UpdateLoop:
                     self._is_left = True
                     if not concluded:
                         self._record_end()
-
-    def _has_failed(self) -> bool:
-        """Whether it was an error of the update that ended the loop."""
-        return self._update is not None and self._update.is_stepped and self._update.outcome is Outcome.OPEN
 
     def _require_no_update_under_way(self) -> None:
         """See that a loop over the updates begins where no other is amid one.

@@ -99,9 +99,9 @@ class Update:
         return self.plan.stop - self.plan.start
 
     @property
-    def is_stepped(self) -> bool:
-        """Whether `step` was called."""
-        return self._is_stepped
+    def has_failed(self) -> bool:
+        """Whether `step` ended with an error."""
+        return self._is_stepped and self.outcome is Outcome.OPEN
 
     @property
     def is_reducing(self) -> bool:
