@@ -217,7 +217,8 @@ class Trial:
             return False
         ranked = [worker for worker in status["workers"] if worker["rank"] is not None]
         is_whole = sorted(worker["slot"] for worker in ranked) == sorted(living) and len(ranked) == size
-        has_entered = all(worker["state"] == "active" for worker in ranked)
+        # Not so where it was asked to regroup for a worker that has left again since: it will, at its next boundary.
+        has_entered = all(worker["state"] == "active" for worker in ranked) and status["reason"].endswith(" trains")
         return is_whole and has_entered and self.tail.lines[-1]["generation"] == status["generation"]
 
     # How it came through.
